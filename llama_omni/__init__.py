@@ -1,0 +1,1 @@
+"""LLaMA-Omni training: Whisper encoder, speech projector, Llama, CTC speech generator."""

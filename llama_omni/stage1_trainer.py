@@ -1,0 +1,149 @@
+"""Stage 1, speech to text: trains projector and language model on the answers' cross-entropy.
+
+The speech encoder stands still unless `tune_speech_encoder`. `train.py` puts the parts together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from llama_omni.artifacts import resolve_artifact
+from llama_omni.loading import CheckpointReader, encoder_shape
+from llama_omni.model import OmniSpeech2SLlamaForCausalLM, build_model_config
+from llama_omni.speech_encoder import rename_hf_key
+from llama_omni.training_loop import Objective
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from llama_omni.config import TrainConfig
+
+OBJECTIVE = Objective(
+    task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"
+)
+WEIGHTS = ("*.safetensors", "*.json")
+LORA_TARGETS = r"model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def find_sources(config: TrainConfig) -> tuple[Path, Path]:
+    """Folders of the language model (with tokenizer) and of the speech encoder."""
+    llama = resolve_artifact(
+        str(config.model_name_or_path), field="model_name_or_path", allow_patterns=WEIGHTS
+    )
+    encoder = resolve_artifact(
+        str(config.speech_encoder), field="speech_encoder", allow_patterns=WEIGHTS
+    )
+    return llama, encoder
+
+
+def build_model(
+    config: TrainConfig, llama: Path, encoder: Path
+) -> tuple[Any, list[CheckpointReader]]:
+    """The model on the meta device and the readers of its weights, first found first taken.
+
+    `llama` is a plain Llama or an earlier LLaMA-Omni checkpoint to go on from.
+    """
+    base = read_llama_config(llama)
+    readers = [
+        CheckpointReader(llama),
+        CheckpointReader(encoder, lambda key: _in_model(rename_hf_key(key))),
+    ]
+    shape = encoder_shape(readers[1], "model.speech_encoder.")
+    check_encoder_sizes(config, shape, encoder)
+    with torch.device("meta"):
+        model = OmniSpeech2SLlamaForCausalLM(build_model_config(base, shape, config))
+    if config.pretrain_speech_projector:
+        folder = resolve_artifact(
+            config.pretrain_speech_projector, field="pretrain_speech_projector"
+        )
+        readers.insert(0, CheckpointReader(folder, _projector_only))
+    if config.lora_enable:
+        add_lora(model, config)
+    return model, readers
+
+
+def read_llama_config(folder: Path) -> LlamaConfig:
+    """Raises ValueError when the folder holds no Llama-shaped model."""
+    from llama_omni.model import OmniSpeech2SConfig
+
+    AutoConfig.register("omni_speech2s_llama", OmniSpeech2SConfig, exist_ok=True)
+    try:
+        base = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable config.json ({error}).") from None
+    if not isinstance(base, LlamaConfig):
+        raise ValueError(
+            f"{folder}: a {base.model_type} model; LLaMA-Omni is built on a Llama. Give the folder "
+            "or hub id of a Llama, e.g. meta-llama/Llama-3.1-8B-Instruct."
+        )
+    return base
+
+
+def check_encoder_sizes(config: TrainConfig, shape: dict[str, int], folder: Path) -> None:
+    for name in ("mel_size", "speech_encoder_hidden_size"):
+        if getattr(config, name) != shape[name]:
+            raise ValueError(
+                f"{config.source}: {name}={getattr(config, name)}, but the encoder in {folder} has "
+                f"{shape[name]}. Set {name} to {shape[name]}, or give another speech_encoder."
+            )
+
+
+def _in_model(name: str | None) -> str | None:
+    return None if name is None else f"model.speech_encoder.{name}"
+
+
+def _projector_only(key: str) -> str | None:
+    """Accepts `linear1.weight`, `speech_projector.linear1.weight` and the full name."""
+    tail = key.rpartition("speech_projector.")[2]
+    return f"model.speech_projector.{tail}" if tail.startswith("linear") else None
+
+
+def add_lora(model: nn.Module, config: TrainConfig) -> None:
+    """Adapters on all linears of the language model's layers, merged again in final_model."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+        bias="none",
+    )
+    inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+
+
+def set_trainable(model: Any, config: TrainConfig) -> None:
+    """`requires_grad` by the config: the projector always, the others as asked."""
+    projector_alone = config.tune_speech_projector
+    whole_backbone = not (config.freeze_backbone or projector_alone or config.lora_enable)
+    for name, param in model.named_parameters():
+        if "speech_projector." in name:
+            wanted = True
+        elif "speech_encoder." in name:
+            wanted = config.tune_speech_encoder
+        elif "speech_generator." in name:
+            wanted = False
+        elif "lora_" in name:
+            wanted = config.lora_enable
+        else:
+            wanted = whole_backbone
+        param.requires_grad_(wanted)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups with their own peak learning rate: projector, encoder, language model."""
+    rates = {
+        "speech_projector.": config.speech_projector_lr or config.learning_rate,
+        "speech_encoder.": config.speech_encoder_lr or config.learning_rate,
+        "": config.learning_rate,
+    }
+    groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            groups[next(part for part in rates if part in name)].append(param)
+    return [{"params": params, "lr": rates[part]} for part, params in groups.items() if params]

@@ -1,0 +1,185 @@
+"""Trains either stage of LLaMA-Omni.
+
+    python train.py configs/stage1_config.json --data_path DATA --output_dir OUT
+    torchrun --nproc_per_node 4 train.py configs/stage1_config.json ...
+    accelerate launch --config_file configs/accelerate_fsdp2.yaml train.py configs/...
+    deepspeed train.py configs/stage1_config.json --deepspeed configs/ds_zero2_config.json ...
+
+Read next: config.py, records.py, data_utils.py, model.py, stage1_trainer.py, training_loop.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` and others must not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # shadow packages of those names
+
+from llama_omni.config import TrainConfig, load_config
+from llama_omni.config_rules import validate_config
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("llama_omni")
+
+SPEECH_PARTS = ("speech_encoder", "speech_projector", "speech_generator")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        validate_config(config)
+        config.grad_accum_steps(int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    # Heavy imports wait until the config is known to be sound.
+    from llama_omni.parallel import init_processes, is_main_process
+    from llama_omni.training_loop import NonFiniteError
+
+    device = init_processes()
+    logging.basicConfig(
+        level=logging.INFO if is_main_process() else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        run(config, device)
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        logger.debug("where it happened", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    finally:
+        _leave()
+    return 0
+
+
+def run(config: TrainConfig, device: torch.device) -> None:
+    """One run, in the order data flows; every process calls it."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+    from llama_omni import stage1_trainer, stage2_trainer
+    from llama_omni.checkpoint import find_checkpoint, load_checkpoint
+    from llama_omni.data_utils import collate, pad_token_id
+    from llama_omni.loading import load_weights, save_released
+    from llama_omni.parallel import choose_strategy, compute_dtype, is_main_process
+    from llama_omni.prepare_data import build_dataset
+    from llama_omni.tracking import Tracker
+    from llama_omni.training_loop import train
+
+    stage = stage1_trainer if config.stage == 1 else stage2_trainer
+    objective = (
+        stage1_trainer.OBJECTIVE if config.stage == 1 else stage2_trainer.build_objective(config)
+    )
+    output_dir = Path(str(config.output_dir))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    strategy = choose_strategy(config, device)
+    logger.info("%s; %s on %s", config.batch_arithmetic(dist.get_world_size()), strategy, device)
+
+    # Data.
+    model_folder, encoder_folder = stage.find_sources(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    features = WhisperFeatureExtractor.from_pretrained(encoder_folder)
+    options = {"tokenizer": tokenizer, "features": features, "device": device}
+    train_set = build_dataset(config, str(config.data_path), **options)
+    eval_set = None
+    if config.validation_data_path:
+        eval_set = build_dataset(config, config.validation_data_path, **options)
+
+    # Model.
+    model, readers = stage.build_model(config, model_folder, encoder_folder)
+    stage.set_trainable(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = build_engine(
+        model,
+        config,
+        device,
+        strategy=strategy,
+        fill=lambda m: load_weights(m, readers, seed=config.seed),
+        groups=lambda m: stage.parameter_groups(m, config),
+    )
+    log_parameters(model)
+
+    # Training.
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    start_step = load_checkpoint(engine, checkpoint) if checkpoint else 0
+    if checkpoint:
+        logger.info("resumed from %s", checkpoint)
+    tracker = Tracker(config, output_dir, is_main=is_main_process())
+    engine.module.train()
+    try:
+        last_step = train(
+            engine,
+            objective,
+            train_set,
+            eval_set,
+            config,
+            collate=partial(collate, pad_token_id=pad_token_id(tokenizer)),
+            output_dir=output_dir,
+            tracker=tracker,
+            start_step=start_step,
+        )
+    finally:
+        tracker.close()
+    final = output_dir / "final_model"
+    save_released(
+        model,
+        final,
+        dtype=compute_dtype(config),
+        is_main=is_main_process(),
+        companions=(tokenizer, features),
+    )
+    logger.info("step %d: the model is in %s", last_step, final)
+
+
+def build_engine(
+    model: Any, config: TrainConfig, device: torch.device, *, strategy: str, **build: Any
+) -> Any:
+    """The engine that the strategy names; `build` holds its `fill` and `groups`."""
+    if strategy == "deepspeed":
+        from llama_omni.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, device, **build)
+    from llama_omni.parallel import TorchEngine
+
+    return TorchEngine(model, config, device, strategy=strategy, **build)
+
+
+def log_parameters(model: Any) -> None:
+    """How many parameters each part has and how many of them are trained."""
+    counts: dict[str, list[int]] = {}
+    for name, param in model.named_parameters():
+        part = next((p for p in SPEECH_PARTS if p in name), "language model")
+        total, trained = counts.setdefault(part, [0, 0])
+        counts[part] = [
+            total + num_elements(param),
+            trained + param.requires_grad * num_elements(param),
+        ]
+    for part, (total, trained) in counts.items():
+        logger.info("%s: %.1fM parameters, %.1fM trained", part, total / 1e6, trained / 1e6)
+
+
+def num_elements(param: Any) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 keeps a part."""
+    return getattr(param, "ds_numel", param.numel())
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
