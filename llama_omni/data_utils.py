@@ -188,8 +188,8 @@ class SpeechInstructionDataset(Dataset[Sample]):
         found = found or turn.tgt_units
         if not found:
             raise ValueError(
-                f"{record.source}:{record.line}: no units for the answer's speech {path}; extract "
-                "them first (python -m llama_omni.units)"
+                f"{record.source}:{record.line}: no units of the answer's own and none extracted "
+                f"from its speech {path}"
             )
         return list(found)
 

@@ -4,8 +4,10 @@
     python generate.py MODEL QUESTION.wav --output_dir OUT --streaming --chunk_size 40
 
 MODEL is a final_model folder of either stage, or a released checkpoint (folder or hub id). Last in
-the data flow: audio.py and prompt.py make the input, model.py the states, speech_generator.py the
-units, vocoder.py the voice. Decoding is greedy, as in the paper.
+the data flow; answering.py has what this file does from Python:
+
+    omni = load_omni_model(folder, device="cuda", dtype=torch.bfloat16)
+    print(answer(omni, load_audio(path)).text)
 """
 
 from __future__ import annotations
@@ -14,84 +16,42 @@ import argparse
 import json
 import logging
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` and others must not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # shadow packages of those names
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, DynamicCache, WhisperFeatureExtractor
+from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.audio import (
-    audio_duration,
-    compute_mel,
-    load_audio,
-    num_speech_tokens,
-    save_audio,
+from llama_omni.answering import (
+    CHUNK_SIZE,
+    MAX_NEW_TOKENS,
+    NO_GENERATOR,
+    Answer,
+    AnswerPart,
+    Omni,
+    answer,
+    answer_streaming,
+    join_parts,
 )
+from llama_omni.artifacts import resolve_artifact
+from llama_omni.audio import audio_duration, load_audio, save_audio
 from llama_omni.loading import CheckpointReader, encoder_shape, load_weights
 from llama_omni.model import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
-from llama_omni.prompt import EOT_TOKEN, special_token_id, tokenize_prompt
-from llama_omni.speech_generator import collapse_path
 from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
-from llama_omni.streaming import TextStream, UnitStream, decode_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llama_omni.records import Turn
     from llama_omni.vocoder import Voice
+
+__all__ = ["Answer", "AnswerPart", "answer", "answer_streaming", "load_omni_model"]
 
 logger = logging.getLogger("llama_omni.generate")
 
-MAX_NEW_TOKENS = 256  # of the official inference
-CHUNK_SIZE = 40  # units; Omega in the paper
-MAX_SECONDS = 30.0
-NO_GENERATOR = (
-    "the model has no speech generator (it comes from stage 1), so it answers in text alone. Train "
-    "stage 2 on it for speech"
-)
-
-
-class Omni(NamedTuple):
-    """A model in evaluation mode with what turns speech and text into its input."""
-
-    model: OmniSpeech2SLlamaForCausalLM
-    tokenizer: Any
-    features: WhisperFeatureExtractor
-
-    @property
-    def can_speak(self) -> bool:
-        return hasattr(self.model, "speech_generator")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A whole answer. `units` and `waveform` are None where there is no generator or no voice."""
-
-    text: str
-    token_ids: list[int]  # <|eot_id|> included
-    is_finished: bool  # False: cut at max_new_tokens
-    units: list[int] | None
-    waveform: Tensor | None  # (num_samples,) float32 on the CPU, at the voice's sample_rate
-    first_audio_seconds: float | None = None  # from question to first samples; when streamed
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerPart:
-    """What one step of a streamed answer adds; text, units and waveform may each be empty."""
-
-    text: str
-    token_ids: list[int]
-    units: list[int]
-    waveform: Tensor  # (num_samples,) float32 on the CPU
-    seconds: float  # since the question was handed over
+MAX_SECONDS = 30.0  # Whisper has positions for no more
 
 
 def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Omni:
@@ -112,7 +72,7 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
     if "speech_generator.output_proj.weight" not in reader:
         config.speech_generator_type = None
     with torch.device("meta"):
-        model = OmniSpeech2SLlamaForCausalLM(config)
+        model: Any = OmniSpeech2SLlamaForCausalLM(config)
     model.to(dtype).to_empty(device=device)
     model.reset_rotary(torch.device(device))
     absent = load_weights(model, [reader], seed=0)
@@ -129,50 +89,180 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
     return Omni(model.eval(), tokenizer, features)
 
 
-def embed_prompt(omni: Omni, waveform: Tensor, history: Sequence[Turn] = ()) -> Tensor:
-    """(1, T, H) embedded prompt: earlier turns with their answers, then the question.
-
-    Args:
-        waveform: (num_samples,) at 16 kHz, at most 30 s.
-        history: the speech of these turns is read from their files.
+def choose_voice(omni: Omni, folder: Path, args: argparse.Namespace) -> Voice | None:
+    """The vocoder, else the embedded voice of the k-means; None for text alone.
 
     Raises:
-        ValueError: too much speech, or too little for one token.
+        ValueError: there is neither, it speaks other units, or the model cannot speak at all.
     """
-    model, tokenizer, features = omni
-    # Official code always pads, and released checkpoints lack the key: their weights expect it.
-    pad_to_30s = getattr(model.config, "pad_audio_to_30s", True)
-    waveforms = [load_audio(turn.speech_path) for turn in history] + [waveform]
-    mels = [compute_mel(clip, features, pad_to_30s=pad_to_30s) for clip in waveforms]
-    ds_rate = model.config.speech_encoder_ds_rate
-    counts = [num_speech_tokens(mel.shape[1], ds_rate=ds_rate) for mel in mels]
-    if 0 in counts:
-        raise ValueError("the speech is too short to give one speech token (0.1 s)")
-    input_ids = torch.tensor([tokenize_prompt(history, counts, tokenizer)])
-    speech = pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2)
-    lengths = torch.tensor([mel.shape[1] for mel in mels])
-    return model.embed(*(x.to(model.device) for x in (input_ids, speech, lengths)))
+    from llama_omni.vocoder import load_voice
+
+    if args.text_only:
+        return None
+    if not omni.can_speak:
+        if args.vocoder or args.kmeans or getattr(args, "streaming", False):
+            raise ValueError(f"{folder}: {NO_GENERATOR}")
+        logger.warning("%s: %s", folder, NO_GENERATOR)
+        return None
+    vocoder_path = resolve_artifact(args.vocoder, field="--vocoder") if args.vocoder else None
+    kmeans_path = find_kmeans(folder, args)
+    if vocoder_path is None and kmeans_path is None:
+        raise ValueError(
+            f"{folder}: no voice to speak with. Give --vocoder FOLDER (a unit HiFi-GAN), or "
+            "--kmeans FILE (log-mel centroids, which are a simple voice of their own); --text_only "
+            "does without."
+        )
+    voice = load_voice(vocoder_path=vocoder_path, kmeans_path=kmeans_path, device=omni.model.device)
+    if voice.num_units != omni.model.config.unit_vocab_size:
+        raise ValueError(
+            f"{vocoder_path or kmeans_path}: speaks {voice.num_units} units, but {folder} was "
+            f"trained on {omni.model.config.unit_vocab_size}. Give the one it was trained with."
+        )
+    return voice
 
 
-@torch.no_grad()
-def decode_greedily(
-    omni: Omni, prompt: Tensor, *, max_new_tokens: int = MAX_NEW_TOKENS
-) -> Iterator[tuple[int, Tensor]]:
-    """Each token of the answer, <|eot_id|> included, with the state (H,) its units are made of.
+def find_kmeans(folder: Path, args: argparse.Namespace) -> Path | None:
+    """--kmeans, else what training left beside the model, else None."""
+    if args.kmeans:
+        return resolve_artifact(args.kmeans, field="--kmeans")
+    beside = folder / "kmeans.safetensors"
+    return beside if beside.is_file() else None
 
-    That is the state that predicts the token, as in the official inference (for the first, the
-    last state of the prompt); with `ctc_shift_states` false, the state at the token.
-    """
-    model = omni.model
-    stop_ids = {special_token_id(EOT_TOKEN, omni.tokenizer)}
-    is_shifted = getattr(model.config, "ctc_shift_states", True)
-    cache = DynamicCache()
-    embeds = prompt
-    for number in range(1, max_new_tokens + 1):
-        state = next_state(model, embeds, cache)
-        token = model.lm_head(state).argmax()
-        embeds = model.model.embed_tokens(token.view(1, 1))
-        is_last = int(token) in stop_ids or number == max_new_tokens
-        if is_shifted:
-            yield int(token), state
-        ...
+
+def check_questions(questions: Sequence[Path], output_dir: Path) -> None:
+    """Raises FileNotFoundError or ValueError before any weight is read."""
+    outputs: set[Path] = set()
+    for path in questions:
+        seconds = audio_duration(path)
+        if not 0 < seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"{path}: {seconds:.1f} s of speech; a question has more than 0 s and at most "
+                f"{MAX_SECONDS:g} s."
+            )
+        output = answer_path(path, output_dir)
+        if output in outputs or output.resolve() in {other.resolve() for other in questions}:
+            raise ValueError(
+                f"{path}: its answer {output} would overwrite another file; rename it."
+            )
+        outputs.add(output)
+
+
+def answer_path(question: Path, output_dir: Path) -> Path:
+    return output_dir / f"{question.stem}_answer.wav"
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """ "auto" is the first GPU in bf16, else the CPU in float32."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `generate.py` and `evaluate.py` have in common."""
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--vocoder", help="unit HiFi-GAN: folder or hub id")
+    parser.add_argument("--kmeans", help="default: MODEL/kmeans.safetensors")
+    parser.add_argument("--text_only", action="store_true", help="no speech, no voice needed")
+    parser.add_argument("--chunk_size", type=int, default=CHUNK_SIZE, help="units a piece")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="final_model folder or hub id")
+    parser.add_argument("questions", metavar="QUESTION", type=Path, nargs="+")
+    parser.add_argument("--streaming", action="store_true", help="speak while the text is made")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    check_arguments(parser, args, "chunk_size", "max_new_tokens")
+    return args
+
+
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str
+) -> None:
+    """Ends the program when one of the named counts is below 1."""
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}={value} must be above 0")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        check_questions(args.questions, args.output_dir)
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers the questions one after the other, and writes OUT/QUESTION_answer.wav and .json."""
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    folder = resolve_artifact(args.model, field="MODEL", allow_patterns=WEIGHTS)
+    omni = load_omni_model(folder, device=device, dtype=dtype)
+    voice = choose_voice(omni, folder, args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for path in args.questions:
+        waveform = load_audio(path)
+        sys.stdout.write(f"{path}: ")
+        if args.streaming:
+            parts = answer_streaming(
+                omni,
+                waveform,
+                voice=voice,
+                chunk_size=args.chunk_size,
+                max_new_tokens=args.max_new_tokens,
+            )
+            said = join_parts(omni, show(parts))
+            sys.stdout.write("\n")
+        else:
+            said = answer(omni, waveform, voice=voice, max_new_tokens=args.max_new_tokens)
+            sys.stdout.write(f"{said.text}\n")
+        write_answer(said, path, args.output_dir, voice)
+
+
+def show(parts: Iterator[AnswerPart]) -> Iterator[AnswerPart]:
+    """Writes the text as it comes."""
+    for part in parts:
+        sys.stdout.write(part.text)
+        sys.stdout.flush()
+        yield part
+
+
+def write_answer(said: Answer, question: Path, output_dir: Path, voice: Voice | None) -> None:
+    output = answer_path(question, output_dir)
+    report = {
+        "question": str(question),
+        "text": said.text,
+        "is_finished": said.is_finished,
+        "units": said.units,
+        "first_audio_seconds": said.first_audio_seconds,
+    }
+    output.with_suffix(".json").write_text(
+        json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    if not said.is_finished:
+        logger.warning("%s: the answer was cut at --max_new_tokens", question)
+    if voice is None:
+        return
+    if said.waveform is None:
+        logger.warning("%s: the speech generator said blanks alone; there is no speech", question)
+        return
+    save_audio(output, said.waveform, sample_rate=voice.sample_rate)
+    latency = said.first_audio_seconds
+    heard = "" if latency is None else f", first audio after {1000 * latency:.0f} ms"
+    sys.stdout.write(f"{output}: {len(said.waveform) / voice.sample_rate:.1f} s{heard}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -94,6 +94,7 @@ def encoder_shape(reader: CheckpointReader, prefix: str = "") -> dict[str, int]:
     }
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, readers: list[CheckpointReader], *, seed: int) -> list[str]:
     """Fills every parameter from the first reader that has it; returns the names newly drawn.
 
@@ -123,8 +124,7 @@ def load_weights(model: nn.Module, readers: list[CheckpointReader], *, seed: int
         else:
             values = draw(name, shapes[name], fan_in_of(name, shapes), seed=seed)
             values = values[start : start + local.shape[0]]
-        with torch.no_grad():
-            local.copy_(values)
+        local.copy_(values)
         if not torch.isfinite(local).all():
             raise ValueError(f"{name}: the checkpoint holds NaN or infinite values.")
     if missing:

@@ -92,7 +92,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 self._update(param, state, group, number)
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        dtype = torch.float8_e4m3fn if self.eight_bit and param.ndim > 1 else torch.bfloat16
+        dtype = torch.float8_e4m3fn if self.eight_bit and param.ndim == 2 else torch.bfloat16
         state["step"] = torch.zeros((), dtype=torch.float32)
         for name in ("exp_avg", "exp_avg_rms"):
             state[name] = torch.zeros_like(param, dtype=dtype)

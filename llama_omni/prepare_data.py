@@ -63,7 +63,9 @@ def _scan_once(config: TrainConfig, records: list[Record], tokenizer: Any) -> li
             max_length=config.model_max_length,
             ds_rate=config.speech_encoder_ds_rate,
             unit_vocab_size=config.unit_vocab_size,
+            ctc_upsample_factor=config.ctc_upsample_factor,
             stage=config.stage,
+            pad_audio_to_30s=config.pad_audio_to_30s,
             decode=False,
         )
     if dist.get_world_size() > 1:

@@ -9,10 +9,12 @@ keeps what it is handed. Any other name ends the reading.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._utils import _rebuild_parameter, _rebuild_tensor, _rebuild_tensor_v2
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +52,7 @@ def to_plain(value: Any) -> Any:
         state = value.state
         if "_content" in state:  # omegaconf's DictConfig and ListConfig
             return to_plain(state["_content"])
-        return to_plain(state["_val"] if "_val" in state else state)
+        return to_plain(state.get("_val", state))  # its values, and namespaces
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -73,9 +75,9 @@ PLAIN_DATA: dict[str, Any] = {
     },
 }
 TENSORS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": torch.Size,
     "torch.device": torch.device,
 }
@@ -97,14 +99,18 @@ class RestrictedUnpickler(pickle._Unpickler):
             return self.allowed[source]
         if module.partition(".")[0] in self.inert_packages:
             return type("Inert", (Inert,), {"source": source})
-        raise pickle.UnpicklingError(f"it names {source}, which is not on the list of harmless ones")
+        raise pickle.UnpicklingError(
+            f"it names {source}, which is not on the list of harmless ones"
+        )
 
 
 class _CheckpointUnpickler(RestrictedUnpickler):
     allowed = PLAIN_DATA | TENSORS
     inert_packages = frozenset(
-        "antlr4 argparse enum examples fairseq hydra numpy omegaconf pathlib typing".split()
-        + ["collections"]  # defaultdict, Counter: never weights
+        (
+            *("argparse", "collections", "enum", "numpy", "pathlib", "typing"),
+            *("antlr4", "examples", "fairseq", "hydra", "omegaconf"),
+        )
     )
 
 
@@ -149,8 +155,6 @@ def load_foreign_checkpoint(path: Path) -> dict[str, Any]:
 
 def _is_torchscript(path: Path) -> bool:
     """Such archives would be handed to `torch.jit.load`, which reads by rules of its own."""
-    import zipfile
-
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

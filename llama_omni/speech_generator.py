@@ -90,6 +90,14 @@ def collapse_path(path: list[int], *, blank: int, previous: int = -1) -> list[in
     return units
 
 
+class DecoderLayer(LlamaDecoderLayer):
+    """Llama's layer; it picks the kernel itself, so that recomputation picks the same one."""
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        with _attention_kernels(hidden_states):
+            return super().forward(hidden_states, **options)
+
+
 class SpeechGeneratorCTC(nn.Module):
     """`config` needs hidden_size, ctc_decoder_config, ctc_upsample_factor, unit_vocab_size,
     rms_norm_eps and rope_parameters (or rope_theta)."""
@@ -103,7 +111,7 @@ class SpeechGeneratorCTC(nn.Module):
         self.input_proj = nn.Linear(config.hidden_size, width)
         self.layers = nn.ModuleList(
             [
-                LlamaDecoderLayer(self.decoder_config, i)
+                DecoderLayer(self.decoder_config, i)
                 for i in range(self.decoder_config.num_hidden_layers)
             ]
         )
@@ -168,9 +176,8 @@ class SpeechGeneratorCTC(nn.Module):
         rotary = self.rotary_emb(x, position_ids)
         # No mask is needed on padded frames: they come last, and attention is causal.
         mask = _chunk_mask(x.shape[1], start, x.device) if start else None
-        with _attention_kernels(x):
-            for layer in self.layers:
-                x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        for layer in self.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
         return self.output_proj(x)
 
     @torch.no_grad()

@@ -118,4 +118,14 @@ def prepare_units(
         paths, quantizer, cache_dir, rank=dist.get_rank(), world_size=dist.get_world_size()
     )
     dist.barrier()
-    return load_unit_cache(cache_dir)
+    cached = load_unit_cache(cache_dir)
+    keys = {str(path): str(path.resolve()) for path in paths}
+    return {path: cached[key] for path, key in keys.items() if key in cached}
+
+
+def add_kmeans(config: TrainConfig, final_model: Path) -> None:
+    """Puts the unit centres beside the model, where `generate.py` looks for the embedded voice."""
+    from llama_omni.kmeans import read_kmeans, save_kmeans
+
+    kmeans = resolve_artifact(str(config.kmeans_model_path), field="kmeans_model_path")
+    save_kmeans(final_model / "kmeans.safetensors", read_kmeans(kmeans))

@@ -44,11 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from llama_omni.training_loop import NonFiniteError
 
     device = init_processes()
-    logging.basicConfig(
-        level=logging.INFO if is_main_process() else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    start_logging(is_main=is_main_process())
     try:
         run(config, device)
     except (ValueError, FileNotFoundError, NonFiniteError) as error:
@@ -60,10 +56,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def start_logging(*, is_main: bool) -> None:
+    """The main process reports; the others speak up only when something is wrong."""
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for library in ("httpx", "httpx2"):  # a line a request
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
 def run(config: TrainConfig, device: torch.device) -> None:
     """One run, in the order data flows; every process calls it."""
     import torch
     import torch.distributed as dist
+    from tqdm.contrib.logging import logging_redirect_tqdm
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     from llama_omni import stage1_trainer, stage2_trainer
@@ -99,7 +107,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
     model, readers = stage.build_model(config, model_folder, encoder_folder)
     stage.set_trainable(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     engine = build_engine(
         model,
         config,
@@ -118,19 +126,22 @@ def run(config: TrainConfig, device: torch.device) -> None:
     tracker = Tracker(config, output_dir, is_main=is_main_process())
     engine.module.train()
     try:
-        last_step = train(
-            engine,
-            objective,
-            train_set,
-            eval_set,
-            config,
-            collate=partial(collate, pad_token_id=pad_token_id(tokenizer)),
-            output_dir=output_dir,
-            tracker=tracker,
-            start_step=start_step,
-        )
+        with logging_redirect_tqdm():
+            is_finished = train(
+                engine,
+                objective,
+                train_set,
+                eval_set,
+                config,
+                collate=partial(collate, pad_token_id=pad_token_id(tokenizer)),
+                output_dir=output_dir,
+                tracker=tracker,
+                start_step=start_step,
+            )
     finally:
         tracker.close()
+    if not is_finished:
+        return
     final = output_dir / "final_model"
     save_released(
         model,
@@ -139,7 +150,9 @@ def run(config: TrainConfig, device: torch.device) -> None:
         is_main=is_main_process(),
         companions=(tokenizer, features),
     )
-    logger.info("step %d: the model is in %s", last_step, final)
+    if config.stage == 2 and is_main_process():
+        stage2_trainer.add_kmeans(config, final)
+    logger.info("the model is in %s", final)
 
 
 def build_engine(
@@ -153,6 +166,12 @@ def build_engine(
     from llama_omni.parallel import TorchEngine
 
     return TorchEngine(model, config, device, strategy=strategy, **build)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recomputes each layer in the backward pass; transformers renames the call in version 6."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def log_parameters(model: Any) -> None:

@@ -73,8 +73,8 @@ def train(
     output_dir: Path,
     tracker: Tracker,
     start_step: int = 0,
-) -> int:
-    """Trains to the end of the schedule, or to a SIGTERM; returns the last global step.
+) -> bool:
+    """Trains to the end of the schedule; False when a SIGTERM stopped it, after a checkpoint.
 
     Raises:
         NonFiniteError: on every process, before the step that would have used the values.
@@ -122,10 +122,13 @@ def train(
         ):
             save_checkpoint(engine, output_dir, global_step, keep_last=config.save_total_limit)
         if must_stop:
-            logger.warning("stopped by a signal after step %d; resume with latest", global_step)
+            logger.warning(
+                "stopped by a signal after step %d; go on with --resume_from_checkpoint latest",
+                global_step,
+            )
             break
     bar.close()
-    return global_step
+    return global_step == last_step
 
 
 def train_step(

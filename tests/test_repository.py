@@ -26,7 +26,7 @@ FOLDERS = tuple(
 MAX_LINES = 400
 LONG_FILES: dict[str, str] = {}  # path: why it is longer
 MAX_BYTES = 600_000  # but tests/reference/*.safetensors
-LOCKED_EXTRAS = ("data", "eval", "dev")
+LOCKED_EXTRAS = ("data", "demo", "eval", "dev")
 # Comes with another dependency that pins what fits, so that a pin of ours could only disagree.
 COMES_WITH = {"tokenizers": "transformers"}
 PACKAGE_OF_MODULE = {
@@ -49,24 +49,21 @@ def _list_files() -> list[Path]:
     """All files that git tracks or would track; without git, all but what .gitignore is about."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     if shutil.which("git") and (ROOT / ".git").exists():
-        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        paths = [ROOT / name for name in listing.stdout.split("\0") if name]
-    else:
-        skipped = re.compile(r"^(\.venv|runs|build|\..*_cache|.*\.egg-info|__pycache__)$")
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(skipped.match(part) for part in path.relative_to(ROOT).parts)
-        ]
-    return sorted({path for path in paths if path.is_file()})
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if listing.returncode == 0:
+            names = [name for name in listing.stdout.split("\0") if name]
+            return sorted({ROOT / name for name in names if (ROOT / name).is_file()})
+    skipped = re.compile(r"^(\.git|\.venv|\.whl|runs|build|\..*_cache|.*\.egg-info|__pycache__)$")
+    return sorted(
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not any(map(skipped.match, path.relative_to(ROOT).parts))
+    )
 
 
 FILES = _list_files()
-TEXTS = {
-    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-    for path in FILES
-    if path.suffix not in (".safetensors", ".png", ".wav", ".mp3")
-}
+CONTENTS = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in FILES}
+TEXTS = {path: content.decode() for path, content in CONTENTS.items() if b"\0" not in content}
 
 
 def _read_toml(path: str) -> dict[str, Any]:

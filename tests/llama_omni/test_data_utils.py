@@ -116,7 +116,7 @@ def test_answers_without_units_stop_at_once(
     tokenizer: PreTrainedTokenizerFast,
     extractor: WhisperFeatureExtractor,
 ) -> None:
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: no units for .*a\.wav"):
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: no units .*a\.wav"):
         make_dataset(records, tokenizer, extractor, labelled="last", units={})
     with pytest.raises(ValueError, match="labelled='last'"):
         make_dataset(records, tokenizer, extractor, units={})

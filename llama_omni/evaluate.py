@@ -1,0 +1,316 @@
+"""Measures a model on held-out questions: text, units, speech and latency.
+
+    python -m llama_omni.evaluate MODEL DATA --output_dir OUT
+    python -m llama_omni.evaluate MODEL DATA --output_dir OUT --asr whisper:openai/whisper-large-v3
+
+DATA is a dataset as for training. Writes OUT/results.jsonl (a line a record), OUT/wav/*.wav and
+OUT/summary.json, and prints the summary. Earlier turns of a conversation stand in the prompt as
+they are in the data; the last question is answered. Numbers of the paper: its section 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a script: see generate.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from llama_omni.answering import (
+    CHUNK_SIZE,
+    MAX_NEW_TOKENS,
+    Answer,
+    Omni,
+    answer,
+    answer_streaming,
+    join_parts,
+)
+from llama_omni.artifacts import resolve_artifact
+from llama_omni.audio import load_audio, resample, save_audio
+from llama_omni.check_data import scan_records
+from llama_omni.generate import (
+    add_model_arguments,
+    check_arguments,
+    choose_voice,
+    device_and_dtype,
+    find_kmeans,
+    load_omni_model,
+)
+from llama_omni.judges import (
+    NEEDS_EVAL,
+    SAMPLE_RATE,
+    UTMOS_WEIGHTS,
+    is_installed,
+    load_recogniser,
+    load_utmos,
+)
+from llama_omni.metrics import Result, edit_distance, format_table, summarise
+from llama_omni.records import read_records
+from llama_omni.stage1_trainer import WEIGHTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from llama_omni.judges import Recogniser
+    from llama_omni.records import Record, Turn
+    from llama_omni.units import Quantizer
+    from llama_omni.vocoder import Voice
+
+logger = logging.getLogger("llama_omni.evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """What an evaluation uses beside the model; each may be absent."""
+
+    voice: Voice | None = None
+    quantizer: Quantizer | None = None  # makes expected units of the answers' speech
+    recogniser: Recogniser | None = None
+    utmos: Callable[[Tensor], float] | None = None
+
+
+def evaluate(
+    omni: Omni,
+    records: Sequence[Record],
+    *,
+    output_dir: Path,
+    judges: Judges,
+    chunk_size: int = CHUNK_SIZE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    with_silence: bool = False,
+) -> dict[str, Any]:
+    """The summary of metrics.py. results.jsonl grows line by line: a run that dies leaves them.
+
+    Answers are streamed where there is a voice, for the sake of the latency; units and waveform
+    are those of whole answers. `with_silence` asks each question again with all samples zero.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    options = {"judges": judges, "chunk_size": chunk_size}
+    if judges.voice is not None:  # first use loads kernels, which is no latency of the model
+        ask(omni, records[0], **options, max_new_tokens=2)
+    results: list[Result] = []
+    with (output_dir / "results.jsonl").open("w", encoding="utf-8") as file:
+        for record in tqdm(records, desc="answering", unit="record", smoothing=0):
+            said = ask(omni, record, **options, max_new_tokens=max_new_tokens)
+            result = judge(omni, record, said, judges=judges, output_dir=output_dir)
+            if with_silence:
+                result.said_to_silence = ask_with_silence(omni, record, max_new_tokens).text
+            results.append(result)
+            file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+            file.flush()
+    summary = summarise(results, judges.recogniser)
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def ask(
+    omni: Omni, record: Record, *, judges: Judges, chunk_size: int, max_new_tokens: int
+) -> Answer:
+    """The answer to a record's last question."""
+    *history, turn = record.turns
+    waveform = load_audio(turn.speech_path)
+    if judges.voice is None:
+        return answer(omni, waveform, history=history, max_new_tokens=max_new_tokens)
+    parts = answer_streaming(
+        omni,
+        waveform,
+        voice=judges.voice,
+        history=history,
+        chunk_size=chunk_size,
+        max_new_tokens=max_new_tokens,
+    )
+    return join_parts(omni, parts)
+
+
+def ask_with_silence(omni: Omni, record: Record, max_new_tokens: int) -> Answer:
+    """As `ask`, in text alone, to a question of the same length in which nothing is said."""
+    *history, turn = record.turns
+    silence = torch.zeros_like(load_audio(turn.speech_path))
+    return answer(omni, silence, history=history, max_new_tokens=max_new_tokens)
+
+
+def judge(omni: Omni, record: Record, said: Answer, *, judges: Judges, output_dir: Path) -> Result:
+    """Counts the errors of one answer; writes its waveform to output_dir/wav."""
+    turn = record.turns[-1]
+    expected = turn.answer.strip()
+    said_ids, expected_ids = (
+        omni.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        for text in (said.text, expected)
+    )
+    expected_units = None if said.units is None else find_units(turn, judges.quantizer)
+    result = Result(
+        source=str(record.source),
+        line=record.line,
+        question_wav=str(turn.speech_path),
+        question=turn.question,
+        expected=expected,
+        said=said.text,
+        is_finished=said.is_finished,
+        token_errors=edit_distance(said_ids, expected_ids),
+        num_expected_tokens=len(expected_ids),
+        units=said.units,
+        expected_units=expected_units,
+        unit_errors=edit_distance(said.units or [], expected_units) if expected_units else None,
+        first_audio_seconds=said.first_audio_seconds,
+    )
+    if judges.voice is not None:
+        listen(result, said.waveform, judges=judges, output_dir=output_dir)
+    return result
+
+
+def listen(result: Result, waveform: Tensor | None, *, judges: Judges, output_dir: Path) -> None:
+    """Writes the speech and puts in `result` what the recogniser and UTMOS make of it."""
+    assert judges.voice is not None
+    if waveform is None:
+        result.recognised = "" if judges.recogniser else None  # every word counts as lost
+        return
+    rate = judges.voice.sample_rate
+    path = output_dir / "wav" / f"{result.line:06d}.wav"
+    save_audio(path, waveform, sample_rate=rate)
+    result.wav, result.wav_seconds = str(path), len(waveform) / rate
+    waveform = resample(waveform, rate, SAMPLE_RATE)
+    if judges.recogniser is not None:
+        result.recognised = judges.recogniser.hear(waveform)
+    if judges.utmos is not None:
+        result.utmos = judges.utmos(waveform)
+
+
+def find_units(turn: Turn, quantizer: Quantizer | None) -> list[int] | None:
+    """The units that the answer should have: of its speech where they can be made, else the
+    record's own, as in training."""
+    path = turn.answer_speech_path
+    if quantizer is not None and path is not None and path.is_file():
+        return quantizer.extract(load_audio(path))
+    return None if turn.tgt_units is None else list(turn.tgt_units)
+
+
+def read_questions(data: Path, omni: Omni, *, limit: int | None) -> list[Record]:
+    """The usable records of a dataset; the others are named in the log.
+
+    Raises:
+        ValueError: no record is usable.
+    """
+    vocab_size = getattr(omni.model.config, "unit_vocab_size", 1000)
+    records, bad = read_records(data, unit_vocab_size=vocab_size)
+    bad += scan_records(records, stage=1, show_progress=False)
+    for record in bad:
+        logger.warning("left out %s", record)
+    places = {(record.source, record.line) for record in bad}
+    good = [record for record in records if (record.source, record.line) not in places][:limit]
+    if not good:
+        raise ValueError(f"{data}: no usable record.")
+    return good
+
+
+def choose_judges(omni: Omni, folder: Path, args: argparse.Namespace) -> Judges:
+    """What the arguments name and the installation allows; warns of what will not be measured.
+
+    Raises:
+        ValueError, FileNotFoundError: something was asked for and cannot be had.
+    """
+    device = omni.model.device
+    wants_asr = args.asr not in ("auto", "none")
+    if not is_installed("jiwer"):
+        if wants_asr:
+            raise ValueError(f"--asr {args.asr}: word errors need jiwer; {NEEDS_EVAL}")
+        logger.warning("no word error rates: jiwer is missing; %s", NEEDS_EVAL)
+    voice = choose_voice(omni, folder, args)
+    if voice is None and (wants_asr or args.utmos):
+        raise ValueError("--asr and --utmos judge speech, and there is none; leave them out")
+    recogniser = load_recogniser(args.asr, device=device) if voice is not None else None
+    if voice is not None and recogniser is None:
+        logger.warning("no ASR-WER: pocketsphinx is missing or --asr is none; %s", NEEDS_EVAL)
+    return Judges(
+        voice=voice,
+        quantizer=choose_quantizer(folder, args, device) if omni.can_speak else None,
+        recogniser=recogniser,
+        utmos=load_utmos(args.utmos, device=device) if args.utmos else None,
+    )
+
+
+def choose_quantizer(
+    folder: Path, args: argparse.Namespace, device: torch.device
+) -> Quantizer | None:
+    """Makes units of the answers' speech; None, with a warning, where its parts are missing."""
+    from llama_omni.kmeans import read_kmeans
+    from llama_omni.units import load_quantizer
+
+    kmeans = find_kmeans(folder, args)
+    hubert = resolve_artifact(args.hubert, field="--hubert") if args.hubert else None
+    if kmeans is None or (hubert is None and read_kmeans(kmeans).features != "log_mel"):
+        logger.warning(
+            "expected units are those in the records alone: give --kmeans and --hubert for others"
+        )
+        return None
+    return load_quantizer(kmeans, hubert_path=hubert, device=device)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="final_model folder or hub id")
+    parser.add_argument("data", metavar="DATA", type=Path, help="dataset file or folder")
+    parser.add_argument("--limit", type=int, help="the first N records alone")
+    parser.add_argument(
+        "--asr",
+        default="auto",
+        help="whisper:FOLDER_OR_HUB_ID, pocketsphinx, none, or auto (pocketsphinx if installed)",
+    )
+    parser.add_argument(
+        "--utmos",
+        nargs="?",
+        const=UTMOS_WEIGHTS,
+        metavar="WEIGHTS",
+        help=f"score the speech; WEIGHTS: file or hub id, else {UTMOS_WEIGHTS} (downloaded)",
+    )
+    parser.add_argument("--hubert", help="mHuBERT folder or .pt, for units of the answers' speech")
+    parser.add_argument("--silence", action="store_true", help="also ask with silence, to compare")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    check_arguments(parser, args, "limit", "chunk_size", "max_new_tokens")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    folder = resolve_artifact(args.model, field="MODEL", allow_patterns=WEIGHTS)
+    omni = load_omni_model(folder, device=device, dtype=dtype)
+    records = read_questions(args.data, omni, limit=args.limit)
+    with logging_redirect_tqdm():
+        return evaluate(
+            omni,
+            records,
+            output_dir=args.output_dir,
+            judges=choose_judges(omni, folder, args),
+            chunk_size=args.chunk_size,
+            max_new_tokens=args.max_new_tokens,
+            with_silence=args.silence,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        summary = run(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(format_table(summary))
+    sys.stdout.write(f"details in {args.output_dir / 'results.jsonl'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

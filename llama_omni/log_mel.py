@@ -1,0 +1,73 @@
+"""Log-mel frames, the features of the embedded units, and the way back to a spectrum.
+
+`kmeans.py` fits centres over these frames, `units.py` quantises them, `mel_voice.py` speaks them.
+Chosen for the voice: windows of 64 ms every 20 ms (the 50 Hz of mHuBERT) resolve the pitch and
+overlap enough for Griffin-Lim. On espeak-ng sentences, a speech recogniser makes as few errors on
+100 such units as on the unquantised frames.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SAMPLE_RATE = 16_000
+N_FFT = 1024
+HOP = 320
+NUM_MELS = 80
+# Magnitudes below are silence. Lower, and the k-means spends its centres on kinds of silence.
+FLOOR = 1e-3
+IDENTITY = f"log_mel n_fft={N_FFT} hop={HOP} mels={NUM_MELS} floor={FLOOR}"
+
+
+class LogMelFeatures:
+    """`features(waveform)`: what `hubert.HubertFeatures` is to mHuBERT, with no weights."""
+
+    dim = NUM_MELS
+    identity = IDENTITY
+
+    def __init__(self, *, device: torch.device | str = "cpu") -> None:
+        self.device = device
+
+    def __call__(self, waveform: Tensor) -> Tensor:
+        """(num_samples,) at 16 kHz -> (num_samples // 320 + 1, 80) float32."""
+        return compute_log_mel(waveform.to(self.device, torch.float32))
+
+
+def compute_log_mel(waveform: Tensor) -> Tensor:
+    """(num_samples,) -> (num_samples // HOP + 1, NUM_MELS); frame t is centred on sample t HOP."""
+    spectrum = torch.stft(
+        waveform,
+        N_FFT,
+        HOP,
+        window=torch.hann_window(N_FFT, device=waveform.device),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
+    mel = mel_filters().to(waveform.device).T @ spectrum.abs()  # (80, T)
+    return mel.clamp(min=FLOOR).log().T
+
+
+def invert_log_mel(log_mel: Tensor) -> Tensor:
+    """(T, NUM_MELS) -> (T, N_FFT // 2 + 1) magnitudes, by the pseudo-inverse; silence becomes 0."""
+    mel = (log_mel.exp() - FLOOR).clamp(min=0)
+    return (mel @ torch.linalg.pinv(mel_filters())).clamp(min=0)
+
+
+@lru_cache(maxsize=1)
+def mel_filters() -> Tensor:
+    """(N_FFT // 2 + 1, NUM_MELS) triangles of Slaney's scale and area, 0 to 8 kHz."""
+    from torchaudio.functional import melscale_fbanks
+
+    return melscale_fbanks(
+        N_FFT // 2 + 1,
+        0.0,
+        SAMPLE_RATE / 2,
+        NUM_MELS,
+        SAMPLE_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
