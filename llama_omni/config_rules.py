@@ -18,14 +18,9 @@ PARALLEL = ("auto", "ddp", "fsdp2", "deepspeed")
 
 def validate_config(config: TrainConfig) -> None:
     """Raises ValueError (field=value, what is wrong, what to do) for what cannot work."""
-    for complaint in (
-        *_refused(config),
-        *_choices(config),
-        *_ranges(config),
-        *_needed(config),
-        *_stage_rules(config),
-    ):
-        raise ValueError(f"{config.source}: {complaint}")
+    for rules in (_refused, _choices, _ranges, _needed, _stage_rules):
+        for complaint in rules(config):  # in order: later rules rely on the earlier ones
+            raise ValueError(f"{config.source}: {complaint}")
 
 
 def _refused(c: TrainConfig) -> list[str]:

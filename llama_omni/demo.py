@@ -56,7 +56,7 @@ def run(title: str, *words: str | Path, cwd: Path = FOLDER) -> None:
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable if word == "python" else str(word) for word in words]
@@ -91,7 +91,7 @@ def train_both_stages() -> None:
     """The documented commands, with the demo's configs."""
     run(
         "a tiny model with random weights", "python", "-m", "llama_omni.dummy_model",
-        OUT / "model", "--texts", OUT / "train",
+        OUT / "model",
     )  # fmt: skip
     run(
         "stage 1: speech to text", "bash", "scripts/run_stage1.sh",
@@ -119,8 +119,8 @@ def ask_held_out() -> list[Reply]:
 
     from llama_omni.answering import answer
     from llama_omni.audio import load_audio, save_audio
-    from llama_omni.evaluate import unit_error_rate
     from llama_omni.generate import load_omni_model
+    from llama_omni.metrics import edit_distance
     from llama_omni.records import read_records
     from llama_omni.units import load_quantizer
     from llama_omni.vocoder import load_voice
@@ -136,7 +136,7 @@ def ask_held_out() -> list[Reply]:
         turn = record.turns[0]
         waveform = load_audio(turn.speech_path)
         reply = answer(omni, waveform, voice=voice)
-        silence = answer(omni, torch.zeros_like(waveform))
+        silence = answer(omni, torch.zeros_like(waveform), max_new_tokens=32)
         assert turn.answer_speech_path is not None
         target = quantizer.extract(load_audio(turn.answer_speech_path))
         wav = OUT / "answers" / f"{number:02d}-answer.wav"
@@ -149,7 +149,7 @@ def ask_held_out() -> list[Reply]:
                 expected=turn.answer,
                 said=reply.text,
                 said_to_silence=silence.text,
-                unit_error_rate=unit_error_rate(reply.units or [], target),
+                unit_error_rate=edit_distance(reply.units or [], target) / len(target),
                 has_voice=bool(reply.units),
                 wav=str(wav.relative_to(ROOT)),
             )

@@ -44,6 +44,7 @@ from llama_omni.generate import (
     device_and_dtype,
     find_kmeans,
     load_omni_model,
+    read_omni_config,
 )
 from llama_omni.judges import (
     NEEDS_EVAL,
@@ -196,14 +197,13 @@ def find_units(turn: Turn, quantizer: Quantizer | None) -> list[int] | None:
     return None if turn.tgt_units is None else list(turn.tgt_units)
 
 
-def read_questions(data: Path, omni: Omni, *, limit: int | None) -> list[Record]:
+def read_questions(data: Path, *, unit_vocab_size: int, limit: int | None) -> list[Record]:
     """The usable records of a dataset; the others are named in the log.
 
     Raises:
         ValueError: no record is usable.
     """
-    vocab_size = getattr(omni.model.config, "unit_vocab_size", 1000)
-    records, bad = read_records(data, unit_vocab_size=vocab_size)
+    records, bad = read_records(data, unit_vocab_size=unit_vocab_size)
     bad += scan_records(records, stage=1, show_progress=False)
     for record in bad:
         logger.warning("left out %s", record)
@@ -214,19 +214,18 @@ def read_questions(data: Path, omni: Omni, *, limit: int | None) -> list[Record]
     return good
 
 
-def choose_judges(omni: Omni, folder: Path, args: argparse.Namespace) -> Judges:
+def choose_judges(folder: Path, args: argparse.Namespace, device: torch.device) -> Judges:
     """What the arguments name and the installation allows; warns of what will not be measured.
 
     Raises:
         ValueError, FileNotFoundError: something was asked for and cannot be had.
     """
-    device = omni.model.device
     wants_asr = args.asr not in ("auto", "none")
     if not is_installed("jiwer"):
         if wants_asr:
             raise ValueError(f"--asr {args.asr}: word errors need jiwer; {NEEDS_EVAL}")
         logger.warning("no word error rates: jiwer is missing; %s", NEEDS_EVAL)
-    voice = choose_voice(omni, folder, args)
+    voice = choose_voice(folder, args, device)
     if voice is None and (wants_asr or args.utmos):
         raise ValueError("--asr and --utmos judge speech, and there is none; leave them out")
     recogniser = load_recogniser(args.asr, device=device) if voice is not None else None
@@ -234,7 +233,7 @@ def choose_judges(omni: Omni, folder: Path, args: argparse.Namespace) -> Judges:
         logger.warning("no ASR-WER: pocketsphinx is missing or --asr is none; %s", NEEDS_EVAL)
     return Judges(
         voice=voice,
-        quantizer=choose_quantizer(folder, args, device) if omni.can_speak else None,
+        quantizer=choose_quantizer(folder, args, device),
         recogniser=recogniser,
         utmos=load_utmos(args.utmos, device=device) if args.utmos else None,
     )
@@ -247,6 +246,9 @@ def choose_quantizer(
     from llama_omni.kmeans import read_kmeans
     from llama_omni.units import load_quantizer
 
+    config, _ = read_omni_config(folder)
+    if not getattr(config, "speech_generator_type", None):
+        return None
     kmeans = find_kmeans(folder, args)
     hubert = resolve_artifact(args.hubert, field="--hubert") if args.hubert else None
     if kmeans is None or (hubert is None and read_kmeans(kmeans).features != "log_mel"):
@@ -285,14 +287,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = device_and_dtype(args.device, args.dtype)
     folder = resolve_artifact(args.model, field="MODEL", allow_patterns=WEIGHTS)
+    config, _ = read_omni_config(folder)
+    unit_vocab_size = getattr(config, "unit_vocab_size", 1000)
+    records = read_questions(args.data, unit_vocab_size=unit_vocab_size, limit=args.limit)
+    judges = choose_judges(folder, args, device)
     omni = load_omni_model(folder, device=device, dtype=dtype)
-    records = read_questions(args.data, omni, limit=args.limit)
     with logging_redirect_tqdm():
         return evaluate(
             omni,
             records,
             output_dir=args.output_dir,
-            judges=choose_judges(omni, folder, args),
+            judges=judges,
             chunk_size=args.chunk_size,
             max_new_tokens=args.max_new_tokens,
             with_silence=args.silence,

@@ -54,11 +54,13 @@ logger = logging.getLogger("llama_omni.generate")
 MAX_SECONDS = 30.0  # Whisper has positions for no more
 
 
-def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Omni:
-    """Reads a final_model folder of either stage or a released checkpoint.
+def read_omni_config(folder: Path) -> tuple[OmniSpeech2SConfig, CheckpointReader]:
+    """The config, completed from the weights, and their reader; reads no weight yet.
+
+    `speech_generator_type` is None where there is no speech generator (stage 1).
 
     Raises:
-        ValueError: no LLaMA-Omni model there, or weights are missing or of another shape.
+        ValueError: no LLaMA-Omni model there.
     """
     config = read_llama_config(folder)
     if not isinstance(config, OmniSpeech2SConfig):
@@ -71,6 +73,16 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
         setattr(config, name, size)
     if "speech_generator.output_proj.weight" not in reader:
         config.speech_generator_type = None
+    return config, reader
+
+
+def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Omni:
+    """Reads a final_model folder of either stage or a released checkpoint.
+
+    Raises:
+        ValueError: no LLaMA-Omni model there, or weights are missing or of another shape.
+    """
+    config, reader = read_omni_config(folder)
     with torch.device("meta"):
         model: Any = OmniSpeech2SLlamaForCausalLM(config)
     model.to(dtype).to_empty(device=device)
@@ -89,17 +101,18 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
     return Omni(model.eval(), tokenizer, features)
 
 
-def choose_voice(omni: Omni, folder: Path, args: argparse.Namespace) -> Voice | None:
-    """The vocoder, else the embedded voice of the k-means; None for text alone.
+def choose_voice(folder: Path, args: argparse.Namespace, device: torch.device) -> Voice | None:
+    """The vocoder, else the embedded voice of the k-means; None for text alone. Needs no model yet.
 
     Raises:
         ValueError: there is neither, it speaks other units, or the model cannot speak at all.
     """
     from llama_omni.vocoder import load_voice
 
+    config, _ = read_omni_config(folder)
     if args.text_only:
         return None
-    if not omni.can_speak:
+    if not getattr(config, "speech_generator_type", None):
         if args.vocoder or args.kmeans or getattr(args, "streaming", False):
             raise ValueError(f"{folder}: {NO_GENERATOR}")
         logger.warning("%s: %s", folder, NO_GENERATOR)
@@ -112,11 +125,11 @@ def choose_voice(omni: Omni, folder: Path, args: argparse.Namespace) -> Voice | 
             "--kmeans FILE (log-mel centroids, which are a simple voice of their own); --text_only "
             "does without."
         )
-    voice = load_voice(vocoder_path=vocoder_path, kmeans_path=kmeans_path, device=omni.model.device)
-    if voice.num_units != omni.model.config.unit_vocab_size:
+    voice = load_voice(vocoder_path=vocoder_path, kmeans_path=kmeans_path, device=device)
+    if voice.num_units != config.unit_vocab_size:
         raise ValueError(
             f"{vocoder_path or kmeans_path}: speaks {voice.num_units} units, but {folder} was "
-            f"trained on {omni.model.config.unit_vocab_size}. Give the one it was trained with."
+            f"trained on {config.unit_vocab_size}. Give the one it was trained with."
         )
     return voice
 
@@ -152,7 +165,13 @@ def answer_path(question: Path, output_dir: Path) -> Path:
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """ "auto" is the first GPU in bf16, else the CPU in float32."""
+    """Automatically the first GPU in bf16, else the CPU in float32.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch finds no GPU here. Give --device cpu.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -209,8 +228,8 @@ def run(args: argparse.Namespace) -> None:
     """Answers the questions one after the other, and writes OUT/QUESTION_answer.wav and .json."""
     device, dtype = device_and_dtype(args.device, args.dtype)
     folder = resolve_artifact(args.model, field="MODEL", allow_patterns=WEIGHTS)
+    voice = choose_voice(folder, args, device)
     omni = load_omni_model(folder, device=device, dtype=dtype)
-    voice = choose_voice(omni, folder, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.questions:
         waveform = load_audio(path)

@@ -160,7 +160,8 @@ def build_model(
     try:
         model.load_state_dict(wanted)
     except RuntimeError as error:
-        raise ValueError(f"{source}: the weights are not those of a HuBERT: {error}") from error
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{source}: the weights are not those of a HuBERT: {reason}") from error
     return model
 
 

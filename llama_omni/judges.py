@@ -109,6 +109,7 @@ def load_pocketsphinx() -> Recogniser:
         if len(waveform) < SAMPLE_RATE // 10:  # it fails on less than a frame
             return ""
         pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+        decoder.reinit_feat()  # else it adapts to what it heard before
         decoder.start_utt()
         decoder.process_raw(pcm, no_search=False, full_utt=True)
         decoder.end_utt()

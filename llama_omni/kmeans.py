@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -192,19 +193,24 @@ def fit_kmeans(
 
 
 def _spread_starts(features: Tensor, num_units: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii, 2007): each start is drawn in proportion to its squared
-    distance from the nearest one so far."""
-    first = torch.randint(len(features), (1,), generator=generator)
-    starts = [features[first[0]]]
-    nearest = torch.full((len(features),), float("inf"))
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): candidates are drawn in proportion to the
+    squared distance from the nearest start so far; the one that lessens it most is the next."""
+    num_candidates = 2 + int(math.log(num_units))
+    norms = features.square().sum(1)
+    starts = [int(torch.randint(len(features), (1,), generator=generator))]
+    nearest = (features - features[starts[0]]).square().sum(1)
     for _ in range(num_units - 1):
-        nearest = torch.minimum(nearest, (features - starts[-1]).square().sum(1))
         edges = nearest.double().cumsum(0)
-        draw = torch.rand(1, generator=generator, dtype=torch.float64) * edges[-1]
-        starts.append(
-            features[torch.searchsorted(edges, draw, right=True).clamp(max=len(edges) - 1)[0]]
-        )
-    return torch.stack(starts)
+        draws = torch.rand(num_candidates, generator=generator, dtype=torch.float64) * edges[-1]
+        drawn = torch.searchsorted(edges, draws, right=True).clamp(max=len(features) - 1)
+        products = features[drawn] @ features.T  # (num_candidates, N)
+        distances = (norms[drawn, None] + norms - 2 * products).clamp(min=0)
+        remaining = torch.minimum(distances, nearest)
+        best = int(remaining.double().sum(1).argmin())
+        starts.append(int(drawn[best]))
+        nearest = remaining[best]
+        nearest[starts[-1]] = 0  # exactly, so that it is not drawn again
+    return features[starts]
 
 
 def mean_run_lengths(clips: Sequence[Tensor], num_units: int) -> Tensor:

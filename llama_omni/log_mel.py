@@ -52,9 +52,12 @@ def compute_log_mel(waveform: Tensor) -> Tensor:
 
 
 def invert_log_mel(log_mel: Tensor) -> Tensor:
-    """(T, NUM_MELS) -> (T, N_FFT // 2 + 1) magnitudes, by the pseudo-inverse; silence becomes 0."""
-    mel = (log_mel.exp() - FLOOR).clamp(min=0)
-    return (mel @ torch.linalg.pinv(mel_filters())).clamp(min=0)
+    """(T, NUM_MELS) -> (T, N_FFT // 2 + 1) magnitudes, by the pseudo-inverse.
+
+    Silence comes back as a soft noise at FLOOR, as of a quiet room: speech recognisers do worse on
+    speech between zeros.
+    """
+    return (log_mel.exp() @ torch.linalg.pinv(mel_filters())).clamp(min=0)
 
 
 @lru_cache(maxsize=1)

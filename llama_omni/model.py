@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_omni.data_utils import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
@@ -114,6 +114,7 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
             labels,
             tgt_units,
             shift=getattr(self.config, "ctc_shift_states", True),
+            stretch=getattr(self.config, "ctc_infeasible", "stretch") == "stretch",
         )
         loss = ctc_sum(logits, num_frames, tgt_units, unit_lengths, blank=generator.blank)
         is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
@@ -154,6 +155,11 @@ def build_model_config(
             "ctc_upsample_factor": config.ctc_upsample_factor,
             "ctc_loss_weight": config.ctc_loss_weight,
             "ctc_shift_states": config.ctc_shift_states,
+            "ctc_infeasible": config.ctc_infeasible,
             "unit_vocab_size": config.unit_vocab_size,
         }
     return OmniSpeech2SConfig(**values)
+
+
+# So that AutoConfig and AutoTokenizer read our checkpoints and released ones.
+AutoConfig.register(OmniSpeech2SConfig.model_type, OmniSpeech2SConfig, exist_ok=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from llama_omni.config import TrainConfig
 
-FLOAT8_MAX = 448.0  # of float8_e4m3fn
+FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9  # the largest and the smallest above 0 of float8_e4m3fn
 CHUNK = 1 << 25  # elements updated at once: bounds the fp32 scratch memory to about 1 GB
 
 
@@ -91,6 +91,16 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 self._update(param, state, group, number)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the states' own dtypes, where torch casts them to the parameter's."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                device = value.device if name == "step" else param.device
+                self.state[param][name] = value.to(device)
+
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         dtype = torch.float8_e4m3fn if self.eight_bit and param.ndim == 2 else torch.bfloat16
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -148,6 +158,8 @@ def write_state(
         peak = values.abs().flatten(1).amax(1)
         scale.copy_((peak / FLOAT8_MAX).clamp(min=1e-30).reshape(scale.shape))
         values = values / _as_rows(scale, values)
+        if name == "exp_avg_rms":  # 0 under a mean that is not would make the step enormous
+            values.clamp_(min=FLOAT8_MIN)
     views[name].copy_(round_stochastically(values, views[name].dtype, random))
 
 

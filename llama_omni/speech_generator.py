@@ -151,12 +151,23 @@ class SpeechGeneratorCTC(nn.Module):
         return ctc_sum(logits, num_frames, tgt_units, unit_lengths, blank=self.blank) / num_units
 
     def frame_logits(
-        self, hidden_states: Tensor, labels: Tensor, tgt_units: Tensor, *, shift: bool
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        tgt_units: Tensor,
+        *,
+        shift: bool,
+        stretch: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, V + 1) logits, (B,) frames and (B,) target units of each answer."""
+        """(B, N, V + 1) logits, (B,) frames and (B,) target units of each answer.
+
+        Without `stretch`, answers with more units than frames have no path and add 0 to the loss.
+        """
         states, num_states = select_states(hidden_states, labels, shift=shift)
         unit_lengths = (tgt_units != IGNORE_INDEX).sum(1)
-        num_frames = torch.maximum(num_states * self.upsample_factor, unit_lengths)
+        num_frames = num_states * self.upsample_factor
+        if stretch:
+            num_frames = torch.maximum(num_frames, unit_lengths)
         return self.decode(states, num_states, num_frames), num_frames, unit_lengths
 
     def decode(
@@ -221,8 +232,10 @@ def ctc_sum(
         )
 
 
-def count_infeasible(labels: Tensor, tgt_units: Tensor, *, factor: int) -> tuple[int, int]:
-    """How many answers have (more units than frames, no CTC path even when stretched).
+def count_infeasible(
+    labels: Tensor, tgt_units: Tensor, *, factor: int, stretch: bool = True
+) -> tuple[int, int]:
+    """How many answers have (more units than frames, no CTC path, even when stretched if they are).
 
     A path needs one frame a unit and one blank between equal neighbours.
     """
@@ -231,5 +244,5 @@ def count_infeasible(labels: Tensor, tgt_units: Tensor, *, factor: int) -> tuple
     units = is_unit.sum(1)
     frames = (labels != IGNORE_INDEX).sum(1) * factor
     too_few = units + repeats > frames
-    impossible = units + repeats > torch.maximum(frames, units)
+    impossible = units + repeats > (torch.maximum(frames, units) if stretch else frames)
     return int(too_few.sum()), int(impossible.sum())

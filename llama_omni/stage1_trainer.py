@@ -69,9 +69,6 @@ def build_model(
 
 def read_llama_config(folder: Path) -> LlamaConfig:
     """Raises ValueError when the folder holds no Llama-shaped model."""
-    from llama_omni.model import OmniSpeech2SConfig
-
-    AutoConfig.register("omni_speech2s_llama", OmniSpeech2SConfig, exist_ok=True)
     try:
         base = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -38,7 +38,10 @@ def build_objective(config: TrainConfig) -> Objective:
         ratio="blank_share",
         weight=config.ctc_loss_weight,
         infeasible=lambda batch: count_infeasible(
-            batch.labels, batch.tgt_units, factor=config.ctc_upsample_factor
+            batch.labels,
+            batch.tgt_units,
+            factor=config.ctc_upsample_factor,
+            stretch=config.ctc_infeasible == "stretch",
         ),
     )
 

@@ -200,6 +200,7 @@ def evaluate(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,  # pyright: ignore
+        generator=torch.Generator(),
     ):
         with engine.autocast():
             out = engine.model(batch.to(engine.device), objective.task)
@@ -347,5 +348,6 @@ def _loader(
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
+        generator=torch.Generator(),  # the default one's state must not depend on a resume
         pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
     )

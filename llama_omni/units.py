@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from llama_omni.artifacts import resolve_artifact
 from llama_omni.audio import load_audio
 from llama_omni.hubert import MHUBERT_URL, full_float32, load_hubert
 from llama_omni.kmeans import KMeans, fit_log_mel, read_kmeans, save_kmeans
@@ -207,6 +208,8 @@ def _extract_share(args: argparse.Namespace, paths: list[Path], rank: int) -> No
 
 
 def _extract(args: argparse.Namespace) -> str:
+    args.kmeans_model_path = resolve_artifact(args.kmeans_model_path, field="kmeans_model_path")
+    args.hubert = args.hubert and resolve_artifact(args.hubert, field="hubert")
     paths = read_answer_paths(args.data)
     if args.num_processes == 1:
         _extract_share(args, paths, 0)
@@ -254,9 +257,9 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument("--max_hours", type=float, default=1.0, help="speech to look at")
     extract = add("extract", _extract, "units of the answers' speech of a dataset, into a cache")
     extract.add_argument("data", type=Path, help="dataset file or folder")
-    extract.add_argument("--kmeans_model_path", type=Path, required=True)
+    extract.add_argument("--kmeans_model_path", required=True, help="file, or hub id:file")
     extract.add_argument("--cache_dir", type=Path, required=True)
-    extract.add_argument("--hubert", type=Path, help="mHuBERT folder or fairseq .pt")
+    extract.add_argument("--hubert", help="mHuBERT: folder, fairseq .pt, or hub id")
     extract.add_argument("--num_processes", type=int, default=1, help="shared among the GPUs")
     extract.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     extract.add_argument(

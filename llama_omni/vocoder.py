@@ -103,7 +103,8 @@ def load_vocoder(path: Path) -> CodeHiFiGAN:
     try:
         vocoder.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: the weights do not fit {config_path}: {error}") from error
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{checkpoint}: the weights do not fit {config_path}: {reason}") from error
     vocoder.fuse_weight_norm()
     return vocoder.eval().requires_grad_(False)
 

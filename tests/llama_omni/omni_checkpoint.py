@@ -3,8 +3,6 @@
 Written by `loading.save_released`, so what reads it reads final_model folders.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,17 @@ from transformers import WhisperFeatureExtractor
 from llama_omni.dummy_model import build_tokenizer
 from llama_omni.loading import save_released
 from llama_omni.model import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
+from llama_omni.prompt import EOT_TOKEN, special_token_id
 
 NUM_UNITS = 12
+SCALES = {
+    "q_proj": 30,
+    "k_proj": 30,
+    "v_proj": 20,
+    "o_proj": 20,
+    "linear2.weight": 20,
+    "speech_generator.output_proj.weight": 20,
+}
 TEXTS = ("Four.", "It is red.", "The capital is Paris.", "Größe, 你好, 🎉")
 
 
@@ -24,17 +31,18 @@ def make_omni_checkpoint(
 ) -> Path:
     """Writes config, weights, tokenizer and feature extractor; `changes` go into config.json.
 
-    The speech generator's output is scaled up, so that units change from token to token.
+    Weights are scaled up so that answers depend on the speech, units on the token, and answers
+    never end by themselves.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(TEXTS, vocab_size=400)
     model = OmniSpeech2SLlamaForCausalLM(make_config(tokenizer, has_generator, **changes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            weight.mul_(next((scale for part, scale in SCALES.items() if part in name), 1))
             if name.endswith(("positional_embedding", "embed_tokens.weight", "lm_head.weight")):
                 weight.normal_()
-        if has_generator:
-            model.speech_generator.output_proj.weight.mul_(20)
+        model.lm_head.weight[special_token_id(EOT_TOKEN, tokenizer)] = 0
     save_released(
         model,
         folder,

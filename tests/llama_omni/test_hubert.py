@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import sys
 import types
 from collections import OrderedDict
@@ -15,11 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from llama_omni import hubert
-from llama_omni.fairseq_checkpoint import parse_conv_layers
 from llama_omni.hubert import load_hubert
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 CONV_LAYERS = "[(16,10,5)] + [(16,3,2)] * 2 + [(16,2,2)]"
@@ -39,13 +36,13 @@ MODEL_SETTINGS = {
 }
 
 
-def make_hubert(*, is_large: bool = False) -> Any:
+def make_hubert(*, num_layers: int = 4, is_large: bool = False) -> Any:
     """A tiny random HubertModel, of the base or (norm first, normalised input) the large kind."""
     from transformers import HubertConfig, HubertModel
 
     config = HubertConfig(
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         intermediate_size=48,
         conv_dim=[16] * 4,
@@ -97,26 +94,27 @@ def to_fairseq_names(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+class _NotToBeLoaded:
+    """Base of fairseq's and omegaconf's classes here: whoever makes one while reading fails."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("a class that the file names was used")
+
+
 @pytest.fixture
-def foreign_classes() -> Iterator[dict[str, type]]:
-    """Modules such as fairseq's and omegaconf's, there while a checkpoint is written alone."""
-    names = {
-        "fairseq.data.dictionary": "Dictionary",
-        "omegaconf.dictconfig": "DictConfig",
-        "omegaconf.nodes": "AnyNode",
-    }
+def foreign_classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    """Classes that pickle under the names of fairseq's and omegaconf's."""
     classes = {}
-    added = []
-    for module_name, class_name in names.items():
+    for module_name, class_name in (
+        ("fairseq.data.dictionary", "Dictionary"),
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("omegaconf.nodes", "AnyNode"),
+    ):
         for name in (module_name.partition(".")[0], module_name):
-            if name not in sys.modules:
-                sys.modules[name] = types.ModuleType(name)
-                added.append(name)
-        classes[class_name] = type(class_name, (), {"__module__": module_name})
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        classes[class_name] = type(class_name, (_NotToBeLoaded,), {"__module__": module_name})
         setattr(sys.modules[module_name], class_name, classes[class_name])
-    yield classes
-    for name in added:
-        del sys.modules[name]
+    return classes
 
 
 def make_checkpoint(
@@ -169,9 +167,6 @@ def test_fairseq_checkpoint_equals_transformers(
     path = tmp_path / "hubert.pt"
     checkpoint = make_checkpoint(model, foreign_classes, normalize=is_large, layout=layout)
     torch.save(checkpoint, path, _use_new_zipfile_serialization=is_zip)
-    for name in ("fairseq", "fairseq.data.dictionary", "omegaconf.nodes"):
-        if not hasattr(sys.modules.get(name), "__file__"):
-            sys.modules.pop(name, None)
     waveform = torch.randn(1600)
     features = load_hubert(path, layer=3)
     source = waveform
@@ -214,10 +209,17 @@ def test_hugging_face_folders_equal_fairseq(
 
 
 def test_default_layer_is_the_eleventh(tmp_path: Path) -> None:
-    model = make_hubert()
-    model.save_pretrained(tmp_path / "h")
+    model = make_hubert(num_layers=12)
+    model.save_pretrained(tmp_path / "twelve")
+    waveform = torch.randn(1, 700)
+    with torch.no_grad():
+        expected = model(waveform, output_hidden_states=True).hidden_states
+    features = load_hubert(tmp_path / "twelve")(waveform[0])
+    torch.testing.assert_close(features, expected[11][0])
+    assert not torch.allclose(features, expected[10][0], atol=0.01)
+    make_hubert().save_pretrained(tmp_path / "four")
     with pytest.raises(ValueError, match="has 4 layers, layer 11 is asked"):
-        load_hubert(tmp_path / "h")
+        load_hubert(tmp_path / "four")
 
 
 def test_long_clips_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,80 +229,10 @@ def test_long_clips_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     waveform = torch.randn(2020)  # the last 20 samples make no frame
     parts = torch.cat([features(waveform[:1000]), features(waveform[1000:2000])])
     assert torch.equal(features(waveform), parts)
-    # 10, 3, 3, 2 wide convolutions with strides 5, 2, 2, 2: the first frame sees 65 samples
-    assert len(features(torch.randn(65))) == 1
-    with pytest.raises(ValueError, match="64 samples, fewer than the 65 of a frame"):
-        features(torch.randn(64))
-
-
-class _Hostile:
-    """Unpickles as a call of `function`."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def _hostile_objects(marker: Path) -> dict[str, Any]:
-    import builtins
-    import os
-
-    code = f"open({str(marker)!r}, 'w').close()"
-    return {
-        "posix.system": _Hostile(os.system, f"touch {marker}"),
-        "builtins.eval": _Hostile(eval, code),
-        "builtins.exec": _Hostile(exec, code),
-        "builtins.getattr": _Hostile(getattr, "x", "upper"),
-        "builtins.__import__": _Hostile(builtins.__import__, "os"),
-        "torch.load": _Hostile(torch.load, str(marker)),
-        "torch.hub.load": _Hostile(torch.hub.load, "a", "b"),
-    }
-
-
-@pytest.mark.parametrize("name", list(_hostile_objects(None)))  # pyright: ignore
-@pytest.mark.parametrize("is_zip", [True, False])
-def test_hostile_checkpoint_is_refused(
-    tmp_path: Path, foreign_classes: dict[str, type], name: str, is_zip: bool
-) -> None:
-    marker = tmp_path / "was_run"
-    checkpoint = make_checkpoint(make_hubert(), foreign_classes, normalize=False, layout="dict")
-    checkpoint["extra_state"] = _hostile_objects(marker)[name]
-    path = tmp_path / "hostile.pt"
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=is_zip)
-    refused = name.replace("torch.load", "torch.serialization.load")
-    with pytest.raises(ValueError, match=rf"hostile.pt: .*names {refused}, which is not"):
-        load_hubert(path)
-    assert not marker.exists()
-    marker.touch()  # the object does what it is meant to do, where it is let
-    if name == "posix.system":
-        marker.unlink()
-        pickle.loads(pickle.dumps(checkpoint["extra_state"]))
-        assert marker.exists()
-
-
-def test_torchscript_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "script.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))  # pyright: ignore
-    with pytest.raises(ValueError, match="TorchScript"):
-        load_hubert(path)
-
-
-@pytest.mark.parametrize(
-    "text", ["__import__('os').system('true')", "[(1, 2, 3)] * 10 ** 9", "[(1, 2)]", "[", "7"]
-)
-def test_conv_layers_are_not_evaluated(text: str) -> None:
-    with pytest.raises(ValueError, match="is not understood"):
-        parse_conv_layers(text)
-
-
-def test_conv_layers_of_the_release() -> None:
-    assert parse_conv_layers("[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2") == [
-        (512, 10, 5),
-        *[(512, 3, 2)] * 4,
-        *[(512, 2, 2)] * 2,
-    ]
+    # 10, 3, 3, 2 wide convolutions with strides 5, 2, 2, 2: the first frame sees 60 samples
+    assert len(features(torch.randn(60))) == 1
+    with pytest.raises(ValueError, match="59 samples, fewer than the 60 of a frame"):
+        features(torch.randn(59))
 
 
 def test_clear_messages(tmp_path: Path, foreign_classes: dict[str, type]) -> None:
@@ -347,7 +279,7 @@ def test_fairseq_backend_says_what_is_missing(
 
 
 def test_parity_with_fairseq(tmp_path: Path) -> None:
-    """fairseq's own network and its own file: 30 s of base-shaped layers, every frame."""
+    """fairseq's own network and its own file: 30 s through layers of the base kind, every frame."""
     pytest.importorskip("fairseq")
     from fairseq.models.hubert import HubertConfig, HubertModel  # pyright: ignore
     from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig  # pyright: ignore
@@ -364,6 +296,10 @@ def test_parity_with_fairseq(tmp_path: Path) -> None:
     task = HubertPretrainingConfig(label_rate=50.0)
     known = {k: v for k, v in settings.items() if k != "_name"}
     model = HubertModel(HubertConfig(**known), task, [list(range(504))]).eval()
+    with torch.no_grad():  # else all frames come out nearly alike
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "pos_conv" not in name:
+                parameter.mul_(3)
     path = tmp_path / "hubert.pt"
     cfg = {
         "_name": None,
@@ -371,11 +307,13 @@ def test_parity_with_fairseq(tmp_path: Path) -> None:
         "task": {"_name": "hubert_pretraining", "normalize": False},
     }
     torch.save({"args": None, "cfg": cfg, "model": model.state_dict()}, path)
-    waveform = torch.randn(480_001) * 0.1
+    seconds = torch.arange(480_001) / 16_000
+    waveform = torch.sin(300 * seconds**2) * torch.sin(seconds) + 0.01 * torch.randn(480_001)
     with torch.no_grad():
         expected = model.extract_features(waveform[None], mask=False, output_layer=11)[0][0]
     ours = load_hubert(path)(waveform)
     theirs = load_hubert(path, unit_backend="fairseq")(waveform)
     assert torch.equal(theirs, expected)
+    assert expected.std(0).mean() > 0.1
     sys.stdout.write(f"HuBERT against fairseq: max |difference| {(ours - expected).abs().max()}\n")
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -155,10 +155,10 @@ def make_audio(path: Path, *, seconds: float, seed: int) -> None:
 
 
 def make_records(folder: Path, *, num_units: int = 6) -> list[dict[str, Any]]:
-    """NUM_RECORDS records of the source document's format with tones of 0.4 to 0.8 s as speech."""
+    """NUM_RECORDS records of the source document's format with tones of 0.3 to 1.7 s as speech."""
     records = []
     for i in range(NUM_RECORDS):
-        make_audio(folder / f"q{i}.wav", seconds=0.4 + 0.05 * i, seed=i)
+        make_audio(folder / f"q{i}.wav", seconds=0.3 + 0.2 * i, seed=i)
         units = [(7 * i + 3 * j) % NUM_UNITS for j in range(num_units + i % 3)]
         records.append(
             {
@@ -190,7 +190,7 @@ def make_tiny(root: Path) -> Tiny:
     from llama_omni import dummy_model
 
     data = write_jsonl(root / "data.jsonl", make_records(root))
-    dummy_model.main([str(root), "--texts", str(data), "--vocab_size", "400"])
+    dummy_model.main([str(root)])
     kmeans = make_kmeans(root / "kmeans.safetensors")
     tiny = Tiny(
         root, data, root / "llama", root / "whisper", kmeans, root / "stage1" / "final_model"
