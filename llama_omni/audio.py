@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 import torch
+
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
 
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac")
 MAX_KERNEL_SIZE = 10_000_000  # entries of the polyphase filter; 44.1 kHz -> 16 kHz has 70,000
@@ -93,6 +96,15 @@ def num_mel_frames(num_samples: int, *, hop_length: int = 160) -> int:
 def num_speech_tokens(mel_frames: int, *, ds_rate: int) -> int:
     """LLM positions of a clip: half the frames leave the encoder, `ds_rate` of these make one."""
     return (mel_frames + 1) // 2 // ds_rate
+
+
+def load_feature_extractor(folder: Path, *, mel_size: int) -> WhisperFeatureExtractor:
+    """The folder's own, else Whisper's settings: released LLaMA-Omni checkpoints hold none."""
+    from transformers import WhisperFeatureExtractor
+
+    if (folder / "preprocessor_config.json").is_file():
+        return WhisperFeatureExtractor.from_pretrained(folder)
+    return WhisperFeatureExtractor(feature_size=mel_size)
 
 
 def compute_mel(

@@ -15,12 +15,41 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from llama_omni.artifacts import check_free_disk
 from llama_omni.parallel import is_main_process
+
+if TYPE_CHECKING:
+    from llama_omni.config import TrainConfig
+
+
+# Bytes of a trained parameter in a checkpoint: weight and both moments.
+CHECKPOINT_BYTES = {"fp32_master": 12, "bf16_stochastic": 6, "8bit": 4}
+
+
+def check_disk(model: Any, config: TrainConfig, output_dir: Path) -> None:
+    """Whether the checkpoints that will be kept, one being written and final_model find room.
+
+    Raises:
+        ValueError: they do not; both numbers are named.
+    """
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trained = sum(count for count, is_trained in counts if is_trained)
+    copies = 0
+    if config.save_strategy != "no":
+        copies = (config.save_total_limit or 1) + 1 - len(finished_checkpoints(output_dir))
+    needed = trained * CHECKPOINT_BYTES[config.optimizer_precision] * max(copies, 0)
+    needed += sum(count for count, _ in counts) * (2 if config.bf16 else 4)
+    check_free_disk(
+        output_dir,
+        needed,
+        what=f"{max(copies, 0)} checkpoint(s) and final_model",
+        remedy="Lower save_total_limit, set save_strategy to no, or give another output_dir.",
+    )
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -127,14 +127,15 @@ def make_llama(
     out: Path, tokenizer: PreTrainedTokenizerFast, *, shape: str, device: str = "cpu", seed: int = 0
 ) -> None:
     """Writes a random Llama of the given shape and its tokenizer to `out` in bf16."""
+    vocabulary = tokenizer.get_vocab()
     sizes = {"vocab_size": len(tokenizer), **SHAPES[shape]["llama"]}
     config = LlamaConfig(
         **sizes,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_text|>"),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|eot_id|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>"),
+        bos_token_id=vocabulary["<|begin_of_text|>"],
+        eos_token_id=vocabulary["<|eot_id|>"],
+        pad_token_id=vocabulary["<|finetune_right_pad_id|>"],
     )
     torch.manual_seed(seed)
     with torch.device(device):

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` an
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # shadow packages of those names
 
 import torch
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoTokenizer
 
 from llama_omni.answering import (
     CHUNK_SIZE,
@@ -37,7 +37,7 @@ from llama_omni.answering import (
     join_parts,
 )
 from llama_omni.artifacts import resolve_artifact
-from llama_omni.audio import audio_duration, load_audio, save_audio
+from llama_omni.audio import audio_duration, load_audio, load_feature_extractor, save_audio
 from llama_omni.loading import CheckpointReader, encoder_shape, load_weights
 from llama_omni.model import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
 from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
@@ -94,10 +94,7 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
             "incomplete; copy it again."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if (folder / "preprocessor_config.json").is_file():
-        features = WhisperFeatureExtractor.from_pretrained(folder)
-    else:  # released checkpoints have none; these are Whisper's own settings
-        features = WhisperFeatureExtractor(feature_size=config.mel_size)
+    features = load_feature_extractor(folder, mel_size=config.mel_size)
     return Omni(model.eval(), tokenizer, features)
 
 

@@ -2,8 +2,8 @@
 
 `kmeans.py` fits centres over these frames, `units.py` quantises them, `mel_voice.py` speaks them.
 Chosen for the voice: windows of 64 ms every 20 ms (the 50 Hz of mHuBERT) resolve the pitch and
-overlap enough for Griffin-Lim. On espeak-ng sentences, a speech recogniser makes as few errors on
-100 such units as on the unquantised frames.
+overlap enough for Griffin-Lim. PocketSphinx with a grammar, on 40 held-out espeak-ng sentences: 8 %
+word errors through 100 such units and `mel_voice.py`, 5 % through the frames as they are.
 """
 
 from __future__ import annotations

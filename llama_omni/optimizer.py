@@ -131,9 +131,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             avg = read_state(views, "exp_avg").lerp_(g32, 1 - beta1)
             square = read_state(views, "exp_avg_rms").square_().lerp_(g32 * g32, 1 - beta2)
             rms = square.sqrt_()
+            update = (avg / correction1) / (rms / math.sqrt(correction2) + group["eps"])
             write_state(views, "exp_avg", avg, random)
             write_state(views, "exp_avg_rms", rms, random)
-            update = (avg / correction1) / (rms / math.sqrt(correction2) + group["eps"])
             new = w.float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
             w.copy_(round_stochastically(new, torch.bfloat16, random))
 
@@ -168,7 +168,7 @@ def _as_rows(scale: Tensor, values: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """Rounds float32 up or down with the probabilities that keep the mean.
+    """Rounds float32 up or down with the probabilities that keep the mean. Spoils `values`.
 
     Adds random bits below the kept mantissa and cuts: bf16 keeps 7 of the 23 bits, float8 3.
     """

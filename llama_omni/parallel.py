@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,7 +50,7 @@ def init_processes() -> torch.device:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     return device
 
 
@@ -165,14 +167,14 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         """Trained parameters and optimizer states by torch's distributed checkpoint."""
-        dcp.save(self._state(), checkpoint_id=folder / "state")
+        save(self._state(), checkpoint_id=folder / "state")
 
     def load(self, folder: Path) -> None:
         """Raises ValueError when the checkpoint belongs to another model."""
         state = self._state()
         try:
-            dcp.load(state, checkpoint_id=folder / "state")
-        except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+            load(state, checkpoint_id=folder / "state")
+        except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise ValueError(
                 f"{folder}: does not fit this run's model or trainable set ({error}). Resume with "
                 "the config that wrote it, or start anew without resume_from_checkpoint."

@@ -1,5 +1,6 @@
 """Memory, disk and time of a run on a named machine, before anything is downloaded or loaded.
 
+    python -m llama_omni.plan --machine h200x8                  (both stages, as shipped)
     python -m llama_omni.plan configs/stage1_config.json --machine a100-80x4
     python -m llama_omni.plan configs/stage1_config.json configs/stage2_config.json --data DATA
 
@@ -40,10 +41,11 @@ __all__ = ["Lengths", "ModelSizes", "load_sizes", "main", "predict_memory"]
 DEFAULT_MACHINE = "h200x1"
 # Not measured: CUDA's context and NCCL's buffers, and what the allocator cannot use of its blocks.
 CONTEXT_BYTES, SLACK = int(0.8 * GIB), 0.03
-# Model FLOPs utilisation by stage, and how it was measured.
-MEASURED_MFU = {
-    1: (0.190, "stage 1 on one H200, fsdp2, fp32_master, 8 a device, 2026-11-22"),
-}
+# Model FLOPs utilisation by stage and samples a device, on one H200 (README.md, "Measured").
+MEASURED_MFU = {1: {8: 0.190, 32: 0.291}, 2: {8: 0.218, 32: 0.357}}
+SHIPPED_CONFIGS = [
+    str(Path(__file__).with_name("configs") / f"stage{stage}_config.json") for stage in (1, 2)
+]
 UNIT_CACHE_BYTES = 4.0  # a unit in the cache's jsonl: up to three digits and a comma
 CACHE_LINE_BYTES = 150  # its path, size and time
 
@@ -230,15 +232,15 @@ def time_lines(plan: Plan) -> str:
         plan.sizes, size, stage=config.stage, backbone=backbone, encoder=config.tune_speech_encoder
     )
     accum = config.grad_accum_steps(machine.count)
-    mfu, how = MEASURED_MFU.get(config.stage, MEASURED_MFU[1])
+    measured = MEASURED_MFU[config.stage]
+    nearest = min(measured, key=lambda size: abs(size - config.per_device_train_batch_size))
+    mfu, how = measured[nearest], f"measured on one H200 with {nearest} a device, 2026-11-22"
     seconds = flops * accum / (mfu * PEAK_FLOPS[machine.gpu])
     global_batch = config.per_device_train_batch_size * machine.count * accum
     hours = seconds * plan.num_steps / 3600
     frames = f", {size.unit_frames} unit frames" if config.stage == 2 else ""
     caveats = []
-    if config.stage not in MEASURED_MFU:
-        caveats.append(f"stage {config.stage} is not measured yet")
-    elif config.stage == 1 and backbone != "full":
+    if config.stage == 1 and backbone != "full":
         caveats.append("the MFU is that of training all weights")
     if (machine.gpu, machine.count) != ("H200", 1):
         caveats.append(f"{machine.name} is not measured: slower links and smaller batches cost")
@@ -274,7 +276,7 @@ def make_plan(
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """(config files, --machine and --data, options of train.py)."""
+    """(config files, else the two shipped ones; --machine and --data; options of train.py)."""
     configs: list[str] = []
     own: dict[str, str] = {}
     options: list[str] = []
@@ -290,14 +292,12 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], list[st
             words = words[1 if has_equals else 2 :]
         else:
             options.append(words.pop(0))
-    if not configs:
-        raise ValueError("name a config file, for example configs/stage1_config.json.")
-    return configs, own, options
+    return configs or SHIPPED_CONFIGS, own, options
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help"):
         sys.stdout.write(__doc__ or "")
         return 0
     try:

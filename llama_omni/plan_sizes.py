@@ -43,7 +43,7 @@ WHISPERS = {
     "openai/whisper-medium": ((1024, 24, 80), 3.06e9),
     "openai/whisper-large": ((1280, 32, 80), 6.17e9),
     "openai/whisper-large-v2": ((1280, 32, 80), 6.17e9),
-    "openai/whisper-large-v3": ((1280, 32, 128), 9.26e9),
+    "openai/whisper-large-v3": ((1280, 32, 128), 3.09e9),
     "openai/whisper-large-v3-turbo": ((1280, 32, 128), 1.62e9),
 }
 # What torch reports as total memory (GiB), and the name that flops.PEAK_FLOPS knows.

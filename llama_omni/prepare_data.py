@@ -36,7 +36,7 @@ def build_dataset(
         Path(path), needs_units=config.stage == 2, unit_vocab_size=config.unit_vocab_size
     )
     bad += _scan_once(config, records, tokenizer)
-    bad = [b for b in bad if not b.is_warning]
+    bad = sorted((b for b in bad if not b.is_warning), key=lambda b: b.line)
     records = drop_bad(config, path, records, bad)
     units = None
     if config.stage == 2:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 OBJECTIVE = Objective(
     task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"
 )
-WEIGHTS = ("*.safetensors", "*.json")
+# Whisper-large-v3 also holds fp32 copies of all its weights under other names.
+WEIGHTS = ("*.json", "model.safetensors", "model-*.safetensors", "kmeans.safetensors")
 LORA_TARGETS = r"model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 

@@ -7,6 +7,7 @@ Targets are units of the answers' speech: the records' own, or extracted once be
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llama_omni.config import TrainConfig
+    from llama_omni.data_utils import Batch
     from llama_omni.records import Record
 
 logger = logging.getLogger(__name__)
@@ -37,12 +39,17 @@ def build_objective(config: TrainConfig) -> Objective:
         unit="units",
         ratio="blank_share",
         weight=config.ctc_loss_weight,
-        infeasible=lambda batch: count_infeasible(
-            batch.labels,
-            batch.tgt_units,
-            factor=config.ctc_upsample_factor,
-            stretch=config.ctc_infeasible == "stretch",
-        ),
+        infeasible=partial(_count_infeasible, config),
+    )
+
+
+def _count_infeasible(config: TrainConfig, batch: Batch) -> tuple[int, int]:
+    assert batch.tgt_units is not None
+    return count_infeasible(
+        batch.labels,
+        batch.tgt_units,
+        factor=config.ctc_upsample_factor,
+        stretch=config.ctc_infeasible == "stretch",
     )
 
 

@@ -37,11 +37,11 @@ class Tracker:
 
                 self.writer = SummaryWriter(str(output_dir / "tensorboard"))
             elif config.report_to == "wandb":
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
 
                 self.run = wandb.init(project="llama-omni", name=name, dir=str(output_dir))
             elif config.report_to == "trackio":
-                import trackio
+                import trackio  # pyright: ignore[reportMissingImports]
 
                 self.run = trackio.init(project="llama-omni", name=name)
         except ImportError as error:

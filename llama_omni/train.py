@@ -72,10 +72,10 @@ def run(config: TrainConfig, device: torch.device) -> None:
     import torch
     import torch.distributed as dist
     from tqdm.contrib.logging import logging_redirect_tqdm
-    from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     from llama_omni import stage1_trainer, stage2_trainer
-    from llama_omni.checkpoint import find_checkpoint, load_checkpoint
+    from llama_omni.audio import load_feature_extractor
+    from llama_omni.checkpoint import check_disk, find_checkpoint, load_checkpoint
     from llama_omni.data_utils import collate, pad_token_id
     from llama_omni.loading import load_weights, save_released
     from llama_omni.parallel import choose_strategy, compute_dtype, is_main_process
@@ -95,8 +95,8 @@ def run(config: TrainConfig, device: torch.device) -> None:
 
     # Data.
     model_folder, encoder_folder = stage.find_sources(config)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
-    features = WhisperFeatureExtractor.from_pretrained(encoder_folder)
+    tokenizer = load_tokenizer(model_folder)
+    features = load_feature_extractor(encoder_folder, mel_size=config.mel_size)
     options = {"tokenizer": tokenizer, "features": features, "device": device}
     train_set = build_dataset(config, str(config.data_path), **options)
     eval_set = None
@@ -108,6 +108,8 @@ def run(config: TrainConfig, device: torch.device) -> None:
     stage.set_trainable(model, config)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    if is_main_process():
+        check_disk(model, config, output_dir)
     engine = build_engine(
         model,
         config,
@@ -153,6 +155,19 @@ def run(config: TrainConfig, device: torch.device) -> None:
     if config.stage == 2 and is_main_process():
         stage2_trainer.add_kmeans(config, final)
     logger.info("the model is in %s", final)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model; ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: holds no tokenizer. Stage 1 takes a Llama folder as published, stage 2 "
+            "what stage 1 left in OUT/final_model."
+        ) from error
 
 
 def build_engine(

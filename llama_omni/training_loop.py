@@ -110,15 +110,15 @@ def train(
             metrics = meter.flush(lr)
             tracker.log(metrics, step=global_step)
             bar.set_postfix({"loss": f"{metrics['train/loss']:.3f}"})
-        ends_epoch = global_step % per_epoch == 0 or is_last
+        place = {"ends_epoch": global_step % per_epoch == 0, "is_last": is_last}
         if eval_set is not None and _is_due(
-            config.evaluation_strategy, global_step, config.eval_steps, ends_epoch=ends_epoch
+            config.evaluation_strategy, global_step, config.eval_steps, **place
         ):
             metrics = evaluate(engine, objective, eval_set, config, collate=collate)
             tracker.log(metrics, step=global_step)
         must_stop = stop.is_requested()
         if must_stop or _is_due(
-            config.save_strategy, global_step, config.save_steps, ends_epoch=ends_epoch
+            config.save_strategy, global_step, config.save_steps, **place
         ):
             save_checkpoint(engine, output_dir, global_step, keep_last=config.save_total_limit)
         if must_stop:
@@ -325,8 +325,10 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _is_due(strategy: str, step: int, every: int, *, ends_epoch: bool) -> bool:
-    return {"no": False, "steps": step % every == 0 or ends_epoch, "epoch": ends_epoch}[strategy]
+def _is_due(strategy: str, step: int, every: int, *, ends_epoch: bool, is_last: bool) -> bool:
+    """Whether to evaluate or save after `step`; the last step counts with either strategy."""
+    is_due = {"no": False, "steps": step % every == 0, "epoch": ends_epoch}[strategy]
+    return is_due or (is_last and strategy != "no")
 
 
 def _loader(

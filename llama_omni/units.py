@@ -156,11 +156,13 @@ def extract_units(
     with bar, cache.open_shard(rank) as shard, logging_redirect_tqdm():
         for path in open_paths:
             try:
-                shard.write(path, quantizer.extract(load_audio(path)))
+                units = quantizer.extract(load_audio(path))
             except (OSError, ValueError) as error:
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
                 logger.error("no units: %s", message)
                 failed.append(message)
+            else:
+                shard.write(path, units)
             bar.update()
     if failed:
         shown = "; ".join(failed[:SHOWN_FILES]) + ("; ..." if len(failed) > SHOWN_FILES else "")

@@ -19,18 +19,61 @@ CONFIGS = sorted((FOLDER / "configs").glob("*_config.json"))
 RUN_CONFIGS = [path for path in CONFIGS if not path.name.startswith("ds_")]
 STAGE_CONFIGS = [FOLDER / "configs" / f"stage{stage}_config.json" for stage in (1, 2)]
 # Section 1.8 of the facts about the source document's project: its first-commit defaults.
-SOURCE_DOCUMENT_KEYS = """
-stage data_path validation_data_path resume_from_checkpoint output_dir model_name_or_path version
-freeze_backbone tune_speech_projector tune_speech_encoder tune_speech_generator_only
-pretrain_speech_projector speech_encoder_type speech_encoder speech_encoder_ds_rate
-speech_encoder_hidden_size speech_projector_type speech_generator_type ctc_decoder_config
-ctc_upsample_factor ctc_loss_weight unit_vocab_size is_multimodal input_type speech_normalize
-mel_size has_tgt_units num_train_epochs per_device_train_batch_size per_device_eval_batch_size
-gradient_accumulation_steps learning_rate weight_decay warmup_ratio lr_scheduler_type max_grad_norm
-speech_projector_lr evaluation_strategy save_strategy save_steps save_total_limit logging_steps
-report_to run_name remove_unused_columns dataloader_drop_last dataloader_num_workers
-dataloader_pin_memory stage1_model_path kmeans_model_path bf16 fp16 gradient_checkpointing
-""".split()
+SOURCE_DOCUMENT_KEYS = [
+    "stage",
+    "data_path",
+    "validation_data_path",
+    "resume_from_checkpoint",
+    "output_dir",
+    "model_name_or_path",
+    "version",
+    "freeze_backbone",
+    "tune_speech_projector",
+    "tune_speech_encoder",
+    "tune_speech_generator_only",
+    "pretrain_speech_projector",
+    "speech_encoder_type",
+    "speech_encoder",
+    "speech_encoder_ds_rate",
+    "speech_encoder_hidden_size",
+    "speech_projector_type",
+    "speech_generator_type",
+    "ctc_decoder_config",
+    "ctc_upsample_factor",
+    "ctc_loss_weight",
+    "unit_vocab_size",
+    "is_multimodal",
+    "input_type",
+    "speech_normalize",
+    "mel_size",
+    "has_tgt_units",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_ratio",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "speech_projector_lr",
+    "evaluation_strategy",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "remove_unused_columns",
+    "dataloader_drop_last",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "stage1_model_path",
+    "kmeans_model_path",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+]
 
 
 @pytest.fixture

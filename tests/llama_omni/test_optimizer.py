@@ -99,7 +99,9 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, step: float) -> 
 
 def test_stochastic_rounding_keeps_what_is_exact() -> None:
     values = torch.randn(1000).bfloat16().float()
-    assert torch.equal(round_stochastically(values, torch.bfloat16, torch.Generator()).float(), values)
+    assert torch.equal(
+        round_stochastically(values, torch.bfloat16, torch.Generator()).float(), values
+    )
 
 
 def test_plain_bf16_loses_updates_and_ours_do_not() -> None:
@@ -171,9 +173,7 @@ def test_a_loaded_optimizer_goes_on_bitwise(precision: str) -> None:
 
 def test_schedules() -> None:
     def scales(kind: str, ratio: float = 0.2) -> list[float]:
-        return [
-            lr_scale(step, total_steps=10, warmup_ratio=ratio, kind=kind) for step in range(10)
-        ]
+        return [lr_scale(step, total_steps=10, warmup_ratio=ratio, kind=kind) for step in range(10)]
 
     assert scales("constant") == [1.0] * 10
     assert scales("constant_with_warmup") == [0.5, *[1.0] * 9]

@@ -112,7 +112,6 @@ def test_what_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         ([CONFIGS[1], "--machine", "rtx3091x2"], "Did you mean 'rtx3090x2'"),
         ([CONFIGS[1], "--machine", "h200"], "Did you mean 'h200x1'"),
         ([CONFIGS[1], "--machine"], "--machine needs a value"),
-        (["--machine", "h200x1"], "name a config file"),
         ([CONFIGS[1], "--model_name_or_path", "meta-llama/Llama-3.1-8b"], "Llama-3.1-8B'"),
         ([CONFIGS[1], "--learning_rat", "1"], "Did you mean 'learning_rate'"),
         ([CONFIGS[1], "--optimizer_precision", "bf16"], "is refused"),
@@ -124,3 +123,12 @@ def test_what_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_a_config_both_shipped_stages_are_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--machine", "h200x1"]) == 0
+    said = capsys.readouterr().out
+    assert "Stage 1 on h200x1" in said
+    assert "Stage 2 on h200x1" in said

@@ -25,9 +25,7 @@ def global_batches(num_samples: int, *, size: int, world: int, accum: int) -> li
     ranks = [list(make(num_samples, rank=rank, **shape)) for rank in range(world)]
     steps = []
     for step in range(10):
-        parts = [
-            ranks[rank][step * accum + turn] for turn in range(accum) for rank in range(world)
-        ]
+        parts = [ranks[rank][step * accum + turn] for turn in range(accum) for rank in range(world)]
         steps.append(list(chain.from_iterable(parts)))
     return steps
 

@@ -30,7 +30,9 @@ from tests.llama_omni.tiny import (
 )
 
 # What turns the shipped configs, made for 8B, into a run of the tiny models.
-TINY_OPTIONS = arguments(COMMON | {"max_steps": 2, "global_batch_size": 8, "save_strategy": "epoch"})
+TINY_OPTIONS = arguments(
+    COMMON | {"max_steps": 2, "global_batch_size": 8, "save_strategy": "epoch"}
+)
 
 
 def run_script(*words: Any, **env: str) -> subprocess.CompletedProcess[str]:

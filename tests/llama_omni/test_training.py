@@ -220,9 +220,9 @@ def kill_at_random(tiny: Tiny, out: Path, *, rounds: int, seed: int) -> None:
         time.sleep(draw.random())
         process.kill()
         process.communicate()
-        reached = json.loads(
-            (finished_checkpoints(out)[-1] / "trainer_state.json").read_text()
-        )["global_step"]
+        reached = json.loads((finished_checkpoints(out)[-1] / "trainer_state.json").read_text())[
+            "global_step"
+        ]
     assert train(tiny.stage1(out, **options | {"max_steps": reached + 2})) == 0
     assert [line["step"] for line in metrics(out)][-2:] == [reached + 1, reached + 2]
 

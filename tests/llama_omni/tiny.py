@@ -100,15 +100,17 @@ def launch(
     command: list[str], *, cwd: Path = FOLDER, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end, with this interpreter's folder first on PATH."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=launch_env(**env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=cwd, env=launch_env(**env), stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a launcher then ends the processes it started
+            out, error = process.communicate()
+            raise AssertionError(f"ran over {timeout} s: {command}\n{error[-5000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def launch_env(**env: str) -> dict[str, str]:
