@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "llama_omni"
 OUT = ROOT / "runs" / "demo" / "llama_omni"
-NUM_QUESTIONS = 40
-TAKES = 48  # of each question, by the training voices
+NUM_QUESTIONS = 30
+TAKES = 60  # of each question, by the training voices
 HELD_OUT_VOICE = "en-us+m6"
 NUM_UNITS = 100
 

@@ -117,9 +117,7 @@ def train(
             metrics = evaluate(engine, objective, eval_set, config, collate=collate)
             tracker.log(metrics, step=global_step)
         must_stop = stop.is_requested()
-        if must_stop or _is_due(
-            config.save_strategy, global_step, config.save_steps, **place
-        ):
+        if must_stop or _is_due(config.save_strategy, global_step, config.save_steps, **place):
             save_checkpoint(engine, output_dir, global_step, keep_last=config.save_total_limit)
         if must_stop:
             logger.warning(

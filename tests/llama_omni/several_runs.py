@@ -14,16 +14,17 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from llama_omni.train import main
 
 if __name__ == "__main__":
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(address, port, is_master=False)  # torchrun's own
+    store = TCPStore(address, port, is_master=False)  # torchrun's own
     for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         # Each run meets under keys of its own; main() takes the group that it finds.
-        prefixed = dist.PrefixStore(f"run {number}", store)
+        prefixed = PrefixStore(f"run {number}", store)
         dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world_size)
         code = main(run["argv"])
         if code != run["expect"]:

@@ -171,7 +171,7 @@ def test_the_launchers_own_argument_is_ignored() -> None:
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], parts: list[str]) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         load_config(argv)
     for part in parts:
         assert part in str(caught.value)
@@ -192,7 +192,7 @@ def test_mistakes_on_the_command_line(argv: list[str], parts: list[str]) -> None
 )
 def test_mistakes_in_the_file(tmp_path: Path, content: Any, parts: list[str]) -> None:
     path = write(tmp_path, content)
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         load_config([path])
     for part in (path, *parts):
         assert part in str(caught.value)
@@ -249,7 +249,7 @@ def test_mistakes_in_the_file(tmp_path: Path, content: Any, parts: list[str]) ->
 )
 def test_refusals(options: dict[str, Any], changes: dict[str, Any], parts: list[str]) -> None:
     validate_config(TrainConfig(**options))
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         validate_config(TrainConfig(**options | changes, source="my.json"))
     for part in ("my.json: ", *parts):
         assert part in str(caught.value)
@@ -273,7 +273,7 @@ def test_stage2_refusals(
     stage2_options: dict[str, Any], changes: dict[str, Any], parts: list[str]
 ) -> None:
     validate_config(TrainConfig(**stage2_options))
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         validate_config(TrainConfig(**stage2_options | changes))
     for part in parts:
         assert part in str(caught.value)

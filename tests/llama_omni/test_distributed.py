@@ -49,13 +49,33 @@ def one(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]
     return outs
 
 
-def run_several(folder: Path, runs: list[tuple[list[str], int]]) -> None:
-    """All runs in one pair of processes; see several_runs.py."""
+@pytest.fixture(scope="module")
+def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs of two processes, made by one pair of them; see several_runs.py."""
+    folder = tmp_path_factory.mktemp("two")
+    runs: list[tuple[list[str], int]] = []
+
+    def add(name: str, stage: int, *, code: int = 0, **options: Any) -> None:
+        argv = tiny.stage(stage, folder / name, **SCHEDULE | TWO | options)
+        runs.append((argv, code))
+
+    for stage in (1, 2):
+        for kind in ("ddp", "fsdp2"):
+            add(f"{kind}-{stage}", stage, parallel=kind)
+    checkpoint = folder / "fsdp2-1" / "checkpoint-2"
+    add("fsdp2-1-resumed", 1, parallel="fsdp2", resume_from_checkpoint=checkpoint)
+    low: dict[str, Any] = {"parallel": "fsdp2", "bf16": True, "optimizer_precision": "8bit"}
+    add("8bit", 1, **low)
+    add("8bit-resumed", 1, resume_from_checkpoint=folder / "8bit" / "checkpoint-2", **low)
+    absurd = {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0}
+    add("nan", 1, code=1, parallel="ddp", **absurd | {"save_steps": 1})
     listing = folder / "runs.json"
     listing.write_text(json.dumps([{"argv": argv, "expect": code} for argv, code in runs]))
     command = [*TORCHRUN, "-m", "tests.llama_omni.several_runs", str(listing)]
     done = launch(command, cwd=ROOT, timeout=LAUNCH_SECONDS)
     assert done.returncode == 0, done.stderr[-5000:]
+    (folder / "log").write_text(done.stderr)
+    return folder
 
 
 def assert_equal_runs(out: Path, one_out: Path, *, loss: float, weight: float) -> None:
@@ -63,48 +83,38 @@ def assert_equal_runs(out: Path, one_out: Path, *, loss: float, weight: float) -
     assert_same_weights(out / "final_model", one_out / "final_model", atol=weight)
 
 
-def test_two_processes_equal_one(tiny: Tiny, one: dict[int, Path], tmp_path: Path) -> None:
-    """DDP and FSDP2, both stages; FSDP2 resumed bitwise, on two processes and on one."""
-    cases = [(1, "ddp"), (1, "fsdp2"), (2, "ddp"), (2, "fsdp2")]
-    runs = [
-        (tiny.stage(stage, tmp_path / f"{kind}{stage}", parallel=kind, **SCHEDULE | TWO), 0)
-        for stage, kind in cases
-    ]
-    checkpoint = tmp_path / "fsdp21" / "checkpoint-2"
-    options = SCHEDULE | {"resume_from_checkpoint": checkpoint, "parallel": "fsdp2"}
-    runs.append((tiny.stage1(tmp_path / "resumed", **options | TWO), 0))
-    run_several(tmp_path, runs)
-    for stage, kind in cases:
-        assert_equal_runs(tmp_path / f"{kind}{stage}", one[stage], loss=1e-5, weight=1e-6)
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "fsdp21")[2:]
-    assert_same_weights(tmp_path / "resumed" / "final_model", tmp_path / "fsdp21" / "final_model")
-    assert train(tiny.stage1(tmp_path / "alone", **options | ONE)) == 0
-    assert_equal_runs(tmp_path / "alone", one[1], loss=1e-5, weight=1e-6)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(one: dict[int, Path], two: Path, kind: str, stage: int) -> None:
+    assert len(losses(two / f"{kind}-{stage}")) == 4
+    assert_equal_runs(two / f"{kind}-{stage}", one[stage], loss=1e-5, weight=1e-6)
 
 
-def test_sharded_low_precision_states_resume_bitwise(tiny: Tiny, tmp_path: Path) -> None:
-    """Float8 states and their scales as DTensors, saved and loaded by two processes."""
-    options = SCHEDULE | TWO | {"bf16": True, "optimizer_precision": "8bit", "parallel": "fsdp2"}
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
-    resumed = tiny.stage1(tmp_path / "resumed", resume_from_checkpoint=checkpoint, **options)
-    run_several(tmp_path, [(tiny.stage1(tmp_path / "whole", **options), 0), (resumed, 0)])
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[2:]
-    assert_same_weights(tmp_path / "resumed" / "final_model", tmp_path / "whole" / "final_model")
-    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+@pytest.mark.parametrize("name", ["fsdp2-1", "8bit"])
+def test_sharded_states_resume_bitwise(two: Path, name: str) -> None:
+    """Moments in float32, and as float8 with their scales."""
+    assert losses(two / f"{name}-resumed") == losses(two / name)[2:]
+    assert_same_weights(two / f"{name}-resumed" / "final_model", two / name / "final_model")
 
 
-def test_nan_stops_both_processes_before_the_step(tiny: Tiny, tmp_path: Path) -> None:
+def test_what_two_processes_saved_one_goes_on_with(
+    tiny: Tiny, one: dict[int, Path], two: Path, tmp_path: Path
+) -> None:
+    options = SCHEDULE | ONE | {"parallel": "fsdp2"}
+    checkpoint = two / "fsdp2-1" / "checkpoint-2"
+    assert train(tiny.stage1(tmp_path, resume_from_checkpoint=checkpoint, **options)) == 0
+    assert len(losses(tmp_path)) == 2
+    assert_equal_runs(tmp_path, one[1], loss=1e-5, weight=1e-6)
+
+
+def test_nan_stops_both_processes_before_the_step(two: Path) -> None:
     """An absurd learning rate: what was saved is what was finite, and nobody hangs."""
-    options = SCHEDULE | {"save_steps": 1, "per_device_train_batch_size": 4}
-    options |= {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0}
-    argv = tiny.stage1(tmp_path, parallel="ddp", **options)
-    done = launch([*TORCHRUN, "train.py", *argv], timeout=LAUNCH_SECONDS)
-    assert done.returncode != 0
-    assert "nothing was stepped" in done.stderr
-    assert not (tmp_path / "final_model").exists()
-    last_logged = metrics(tmp_path)[-1]
+    assert (two / "log").read_text().count("nothing was stepped") == 2
+    assert not (two / "nan" / "final_model").exists()
+    last_logged = metrics(two / "nan")[-1]
     assert math.isfinite(last_logged["train/loss"])
-    assert finished_checkpoints(tmp_path)[-1].name == f"checkpoint-{last_logged['step']}"
+    saved = finished_checkpoints(two / "nan")[-1]
+    assert saved.name == f"checkpoint-{last_logged['step']}"
 
 
 def test_what_one_process_cannot_read_stops_both(tiny: Tiny, tmp_path: Path) -> None:
@@ -121,8 +131,8 @@ def test_what_one_process_cannot_read_stops_both(tiny: Tiny, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "final_model").exists()
 
 
-def run_launcher(command: list[str], **env: str) -> str:
-    done = launch(command, timeout=LAUNCH_SECONDS, **env)
+def run_launcher(command: list[str], env: dict[str, str] | None = None) -> str:
+    done = launch(command, timeout=LAUNCH_SECONDS, env=env)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr + done.stdout
 
@@ -142,7 +152,7 @@ def deepspeed(argv: list[str], zero: int, *, port: int) -> str:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     command += ["--master_port", str(port), "train.py", *argv]
     config = f"configs/ds_zero{zero}_config.json"
-    return run_launcher([*command, "--deepspeed", config], DS_ACCELERATOR="cpu")
+    return run_launcher([*command, "--deepspeed", config], {"DS_ACCELERATOR": "cpu"})
 
 
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.llama_omni.tiny import FOLDER, Tiny, launch_env, losses, weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHECK = """
 import importlib.util, pathlib, sys

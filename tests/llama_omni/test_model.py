@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as OfficialEncoder
 
 from llama_omni import stage1_trainer, stage2_trainer
@@ -108,7 +108,7 @@ def trained(model: Any) -> set[str]:
 
 def load_encoders(tiny: Tiny) -> tuple[Any, Any]:
     stored = load_file(tiny.whisper / "model.safetensors")
-    official = OfficialEncoder(AutoConfig.from_pretrained(tiny.whisper))
+    official = OfficialEncoder(WhisperConfig.from_pretrained(tiny.whisper))
     official.load_state_dict(
         {key.removeprefix("model.encoder."): value for key, value in stored.items()}
     )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -29,14 +27,18 @@ from tests.llama_omni.tiny import (
     write_jsonl,
 )
 
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
 # What turns the shipped configs, made for 8B, into a run of the tiny models.
 TINY_OPTIONS = arguments(
     COMMON | {"max_steps": 2, "global_batch_size": 8, "save_strategy": "epoch"}
 )
 
 
-def run_script(*words: Any, **env: str) -> subprocess.CompletedProcess[str]:
-    return launch(["bash", *map(str, words)], PYTHON=sys.executable, **env)
+def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
+    return launch(["bash", *map(str, words)], env={"PYTHON": sys.executable})
 
 
 def test_both_stages_as_documented(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +25,9 @@ from tests.llama_omni.tiny import (
     train,
     write_jsonl,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 

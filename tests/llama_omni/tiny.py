@@ -97,12 +97,16 @@ def train(argv: list[str]) -> int:
 
 
 def launch(
-    command: list[str], *, cwd: Path = FOLDER, timeout: float = 300, **env: str
+    command: list[str],
+    *,
+    cwd: Path = FOLDER,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end, with this interpreter's folder first on PATH."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=cwd, env=launch_env(**env), stdout=pipe, stderr=pipe, text=True
+        command, cwd=cwd, env=launch_env(**env or {}), stdout=pipe, stderr=pipe, text=True
     ) as process:
         try:
             out, error = process.communicate(timeout=timeout)
