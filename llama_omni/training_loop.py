@@ -156,7 +156,9 @@ def train_step(
             f"the loss is {sums[0].item()} {where}; nothing was stepped. Lower the learning rate, "
             "or look at the data of this step; resume with --resume_from_checkpoint latest."
         )
-    if sums[0].item() == 0 and global_count > 0:
+    # A zero loss alone may be a set learned by heart; with answers that have no path it is none.
+    impossible = float(sum(objective.infeasible(batch)[1] for batch in micro_batches))
+    if sums[0].item() == 0 and all_sum(torch.tensor([impossible])).item() > 0:
         raise ValueError(
             f"every loss {where} was exactly zero: no {objective.unit} can be learned (targets "
             "longer than their frames?). Run `python -m llama_omni.data_utils check DATA`."

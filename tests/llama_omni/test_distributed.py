@@ -139,9 +139,12 @@ def run_launcher(command: list[str], env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.long
 def test_accelerate_launch(tiny: Tiny, one: dict[int, Path], tmp_path: Path) -> None:
-    """The shipped file, on the CPU; it asks for FSDP2 and train.py shards by itself."""
+    """The shipped file; it asks for FSDP2, and train.py shards by itself.
+
+    Without --cpu, under which accelerate starts one process whatever --num_processes says.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", "configs/accelerate_fsdp2.yaml", "--num_processes", "2", "--cpu"]
+    command += ["--config_file", "configs/accelerate_fsdp2.yaml", "--num_processes", "2"]
     log = run_launcher([*command, "train.py", *tiny.stage1(tmp_path, **SCHEDULE | TWO)])
     assert "2 device(s)" in log
     assert "fsdp2 on cpu" in log
