@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -142,6 +143,17 @@ class TrainConfig:
                 f"{world_size} device(s). Set one of the two to null."
             )
         return steps
+
+    def choose_strategy(self, *, has_gpu: bool, world_size: int) -> str:
+        """What `parallel` means: "auto" is ZeRO when a DeepSpeed file is given, FSDP2 when
+        accelerate asks for it or stage 1 would not fit a device whole, else DDP."""
+        if self.parallel != "auto":
+            return self.parallel
+        if self.deepspeed:
+            return "deepspeed"
+        asks_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        is_big = self.stage == 1 and (has_gpu or world_size > 1)
+        return "fsdp2" if asks_fsdp or is_big else "ddp"
 
     def batch_arithmetic(self, world_size: int) -> str:
         """The batch sizes as one line for the log."""

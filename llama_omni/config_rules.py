@@ -177,6 +177,12 @@ def _stage_rules(c: TrainConfig) -> list[str]:
                     f"{name}=false is refused in stage 2: it trains the speech generator alone, on "
                     "the states of a language model that stands still; set it to true."
                 )
+        for name in ("pretrain_speech_projector", "speech_projector_lr", "speech_encoder_lr"):
+            if getattr(c, name) is not None:
+                complaints.append(
+                    f"{name}={getattr(c, name)!r} is refused in stage 2, where that part stands "
+                    "still; set it to null."
+                )
         for name in ("tune_speech_projector", "tune_speech_encoder", "lora_enable"):
             if getattr(c, name):
                 complaints.append(

