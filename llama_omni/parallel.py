@@ -79,16 +79,15 @@ def shard(model: Any, config: TrainConfig) -> None:
     mesh = init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)
     )
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config), reduce_dtype=torch.float32)
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy if config.bf16 else None}
-    if options["mp_policy"] is None:
-        options.pop("mp_policy")
+    policy = MixedPrecisionPolicy()
+    if config.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layers = [*model.model.speech_encoder.blocks, *model.model.layers]
     if hasattr(model, "speech_generator"):
         layers += [*model.speech_generator.layers]
     for layer in layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 class TorchEngine:

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         validate_config(config)
         config.grad_accum_steps(int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if os.environ.get("RANK", "0") == "0":  # all processes find the same
+            sys.stderr.write(f"error: {error}\n")
         return 2
     # Heavy imports wait until the config is known to be sound.
     from llama_omni.parallel import init_processes, is_main_process
