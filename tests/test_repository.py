@@ -39,7 +39,8 @@ PACKAGE_OF_MODULE = {
     "yaml": "pyyaml",
 }
 REGISTRY_HOSTS = (
-    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|npmjs\.(?:org|com)"
+    # Bracketed, so that this line does not name them itself.
+    r"py[p]i\.org|python[h]osted\.org|download\.py[t]orch\.org|ana[c]onda\.org|npm[j]s\.(?:org|com)"
 )
 MACHINE_PATHS = r"(?<![\w.$})\]/-])/(?:work|root|home/\w+)(?![\w-])"
 PRIVATE_KEY = r"BEGIN (?:[A-Z]+ )?PRIVATE KEY"
