@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def trim_metrics(path: Path, *, start_step: int) -> None:
+    """Drops what a killed run left: a half-written line, and steps that a resume does again."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    if start_step:
+        lines = [line for line in lines if json.loads(line)["step"] <= start_step]
+    trimmed = path.with_suffix(".partial")
+    trimmed.write_text("".join(lines), encoding="utf-8")
+    trimmed.replace(path)
+
+
 class Tracker:
     """Writes the main process's metrics; silent on the others.
 
@@ -23,13 +35,16 @@ class Tracker:
         ValueError: the tracker's package is not installed.
     """
 
-    def __init__(self, config: TrainConfig, output_dir: Path, *, is_main: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, output_dir: Path, *, is_main: bool, start_step: int = 0
+    ) -> None:
         self.is_main = is_main
         self.path = output_dir / "metrics.jsonl"
         self.writer: Any = None
         self.run: Any = None
         if not is_main:
             return
+        trim_metrics(self.path, start_step=start_step)
         name = config.run_name or output_dir.name
         try:
             if config.report_to == "tensorboard":

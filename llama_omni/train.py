@@ -128,7 +128,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
     start_step = load_checkpoint(engine, checkpoint) if checkpoint else 0
     if checkpoint:
         logger.info("resumed from %s", checkpoint)
-    tracker = Tracker(config, output_dir, is_main=is_main_process())
+    tracker = Tracker(config, output_dir, is_main=is_main_process(), start_step=start_step)
     engine.module.train()
     try:
         with logging_redirect_tqdm():
