@@ -116,8 +116,13 @@ class TrainConfig:
     @property
     def decoder_shape(self) -> tuple[int, int, int, int]:
         """`ctc_decoder_config` as (layers, width, heads, feed-forward width)."""
-        layers, width, heads, ffn = (int(n) for n in self.ctc_decoder_config.strip("()").split(","))
-        return layers, width, heads, ffn
+        return parse_decoder_shape(self.ctc_decoder_config)
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the language model's own weights are trained."""
+        is_frozen = self.freeze_backbone or self.tune_speech_projector or self.lora_enable
+        return self.stage == 1 and not is_frozen
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches a step on each device.
@@ -167,6 +172,12 @@ class TrainConfig:
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "source"}
 TYPES = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in FIELDS}
+
+
+def parse_decoder_shape(text: str) -> tuple[int, int, int, int]:
+    """(layers, width, heads, feed-forward width) of a `ctc_decoder_config`."""
+    layers, width, heads, ffn = (int(number) for number in text.strip("()").split(","))
+    return layers, width, heads, ffn
 
 
 def load_config(argv: list[str]) -> TrainConfig:

@@ -25,6 +25,7 @@ from llama_omni.prompt import (
     tokenize_conversation,
     tokenize_prompt,
 )
+from llama_omni.sampling import FILLER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,8 +44,6 @@ __all__ = [
     "tokenize_conversation",
     "tokenize_prompt",
 ]
-
-FILLER = -1
 
 
 @dataclass

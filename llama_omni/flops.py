@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llama_omni.config import parse_decoder_shape
+
 # Dense bf16 by the vendors' datasheets.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -50,13 +52,8 @@ def llama_layer_params(config: Any) -> int:
 
 
 def decoder_layer_params(config: Any) -> int:
-    _, width, _, ffn = decoder_shape(config)
+    _, width, _, ffn = parse_decoder_shape(config.ctc_decoder_config)
     return 4 * width * width + 3 * width * ffn
-
-
-def decoder_shape(config: Any) -> tuple[int, int, int, int]:
-    layers, width, heads, ffn = (int(n) for n in config.ctc_decoder_config.strip("()").split(","))
-    return layers, width, heads, ffn
 
 
 def forward_flops(config: Any, size: BatchSize) -> dict[str, float]:
@@ -82,7 +79,7 @@ def forward_flops(config: Any, size: BatchSize) -> dict[str, float]:
         "lm_head": 2.0 * hidden * config.vocab_size * size.answer_tokens,
     }
     if size.unit_frames:
-        depth, decoder_width, _, _ = decoder_shape(config)
+        depth, decoder_width, _, _ = parse_decoder_shape(config.ctc_decoder_config)
         frames = size.sequences * size.unit_frames
         per_layer = 2 * decoder_layer_params(config) * frames
         per_layer += 2 * frames * size.unit_frames * decoder_width

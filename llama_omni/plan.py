@@ -30,7 +30,7 @@ from llama_omni.plan_sizes import (
     load_sizes,
     parse_machine,
 )
-from llama_omni.plan_weights import count_parameters, is_backbone_trained
+from llama_omni.plan_weights import count_parameters
 
 if TYPE_CHECKING:
     from llama_omni.config import TrainConfig
@@ -140,7 +140,7 @@ def remedies(plan: Plan) -> list[str]:
         for precision in ("bf16_stochastic", "8bit"):
             lines.append(remedy_line(plan, {"optimizer_precision": precision}))
             lines.append(remedy_line(plan, {"optimizer_precision": precision, **one}))
-    if config.stage == 1 and is_backbone_trained(config):
+    if config.stage == 1 and config.trains_backbone:
         alone: dict[str, object] = {"lora_enable": True, "deepspeed": None}
         lines.append(remedy_line(plan, alone))
         lines.append(remedy_line(plan, {**alone, "parallel": "ddp", **one}))
@@ -231,7 +231,7 @@ def time_lines(plan: Plan) -> str:
     """FLOPs of a step with the expected lengths, and the time they take at a measured MFU."""
     config, machine = plan.config, plan.machine
     size = plan.lengths.batch(config, is_largest=False)
-    backbone = "full" if is_backbone_trained(config) else "lora" if config.lora_enable else "frozen"
+    backbone = "full" if config.trains_backbone else "lora" if config.lora_enable else "frozen"
     flops = step_flops(
         plan.sizes, size, stage=config.stage, backbone=backbone, encoder=config.tune_speech_encoder
     )

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama_omni.flops import decoder_shape
-from llama_omni.plan_weights import FP32, Part, Run, is_backbone_trained, millions
+from llama_omni.config import parse_decoder_shape
+from llama_omni.plan_weights import FP32, Part, Run, millions
 
 if TYPE_CHECKING:
     from llama_omni.config import TrainConfig
@@ -100,7 +100,7 @@ def layer_activations(
 
 def language_model_layers(run: Run) -> Layers:
     config, sizes = run.config, run.sizes
-    is_whole = is_backbone_trained(config)
+    is_whole = config.trains_backbone
     # A float32 embedding table makes the residual stream float32 under autocast.
     residual = FP32 if run.is_autocast and is_whole else run.compute
     saved = run.tokens * layer_activations(
@@ -124,7 +124,7 @@ def stage1_moments(run: Run) -> Moments:
     sizes, compute = run.sizes, run.compute
     count = sizes.num_hidden_layers
     layers = language_model_layers(run)
-    head = sizes.embedding * is_backbone_trained(run.config)
+    head = sizes.embedding * run.config.trains_backbone
     layer = sizes.llama_layer + run.lora
     encoder = encoder_activations(run)
     # The last norm keeps its input in float32 and the normalised values.
@@ -179,7 +179,7 @@ def encoder_working(run: Run) -> Part:
 
 
 def generator_layers(run: Run) -> Layers:
-    _, width, _, ffn = decoder_shape(run.sizes)
+    _, width, _, ffn = parse_decoder_shape(run.sizes.ctc_decoder_config)
     frames, compute = run.frames, run.compute
     a_frame = layer_activations(
         run, width=width, q=width, kv=width, ffn=ffn, residual=compute, is_trained=True, lora=0
@@ -194,7 +194,7 @@ def generator_layers(run: Run) -> Layers:
 def stage2_moments(run: Run) -> Moments:
     """What is alive at the moments of a stage-2 step that can be the highest."""
     sizes, compute = run.sizes, run.compute
-    count = decoder_shape(sizes)[0]
+    count = parse_decoder_shape(sizes.ctc_decoder_config)[0]
     layers, unit = generator_layers(run), sizes.generator_layer
     ends = sizes.generator - count * unit
     output = Part("last layer's output", layers.boundary, layers.text)

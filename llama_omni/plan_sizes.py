@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_omni.flops import BatchSize, decoder_layer_params, decoder_shape, llama_layer_params
+from llama_omni.config import parse_decoder_shape
+from llama_omni.flops import BatchSize, decoder_layer_params, llama_layer_params
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,11 +118,11 @@ class ModelSizes:
 
     @property
     def generator_layer(self) -> int:
-        return decoder_layer_params(self) + 2 * decoder_shape(self)[1]
+        return decoder_layer_params(self) + 2 * parse_decoder_shape(self.ctc_decoder_config)[1]
 
     @property
     def generator(self) -> int:
-        layers, width, _, _ = decoder_shape(self)
+        layers, width, _, _ = parse_decoder_shape(self.ctc_decoder_config)
         ends = (self.hidden_size + 1) * width + (width + 1) * (self.unit_vocab_size + 1)
         return ends + layers * self.generator_layer
 

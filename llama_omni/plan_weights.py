@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_omni.flops import decoder_shape
+from llama_omni.config import parse_decoder_shape
 from llama_omni.plan_sizes import INNER_SIZE
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def count_parameters(config: TrainConfig, sizes: ModelSizes) -> dict[str, tuple[
     language_model, lora = sizes.language_model, 0
     if config.stage == 1 and config.lora_enable:
         lora = sizes.num_hidden_layers * sizes.lora_layer(config.lora_r)
-    trained = lora or language_model * is_backbone_trained(config)
+    trained = lora or language_model * config.trains_backbone
     counts = {
         "language model": (language_model + lora, trained),
         "speech_encoder": (sizes.encoder, sizes.encoder * config.tune_speech_encoder),
@@ -51,12 +51,6 @@ def count_parameters(config: TrainConfig, sizes: ModelSizes) -> dict[str, tuple[
     if config.stage == 2:
         counts["speech_generator"] = (sizes.generator, sizes.generator)
     return counts
-
-
-def is_backbone_trained(config: TrainConfig) -> bool:
-    """Whether the language model's own weights are trained."""
-    is_frozen = config.freeze_backbone or config.tune_speech_projector or config.lora_enable
-    return config.stage == 1 and not is_frozen
 
 
 class Run:
@@ -82,13 +76,15 @@ class Run:
         self.frames = self.largest.sequences * self.largest.unit_frames
         self.states = self.largest.clips * (self.largest.mel_frames // 2)
         self.lora = sizes.lora_layer(config.lora_r) * config.lora_enable
-        self.layer_trained = self.lora or sizes.llama_layer * is_backbone_trained(config)
+        self.layer_trained = self.lora or sizes.llama_layer * config.trains_backbone
 
     @property
     def root(self) -> tuple[int, int]:
         """(all, trained) elements of FSDP2's root unit: all that is in no layer."""
         sizes, is_stage2 = self.sizes, self.config.stage == 2
-        generator = decoder_shape(sizes)[0] * sizes.generator_layer * is_stage2
+        generator = (
+            parse_decoder_shape(sizes.ctc_decoder_config)[0] * sizes.generator_layer * is_stage2
+        )
         blocks = sizes.speech_encoder_layers * sizes.encoder_block
         layers, own = sizes.num_hidden_layers, sizes.llama_layer + self.lora
         trained = self.trained - layers * self.layer_trained - generator
@@ -190,11 +186,11 @@ class Run:
         """Elements of the largest trained weight."""
         sizes = self.sizes
         if self.config.stage == 2:
-            _, width, _, ffn = decoder_shape(sizes)
+            _, width, _, ffn = parse_decoder_shape(sizes.ctc_decoder_config)
             return width * max(ffn, width, sizes.hidden_size)
         joined = sizes.speech_encoder_ds_rate * sizes.speech_encoder_hidden_size
         largest = INNER_SIZE * max(joined, sizes.hidden_size)
-        if is_backbone_trained(self.config):
+        if self.config.trains_backbone:
             ffn = sizes.hidden_size * sizes.intermediate_size
             largest = max(largest, sizes.embedding, ffn)
         if self.lora:

@@ -21,12 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from llama_omni.config import parse_decoder_shape
 from llama_omni.data_utils import IGNORE_INDEX
 
 
 def build_decoder_config(config: Any) -> LlamaConfig:
     """The Llama config of the decoder's layers; position encoding is the language model's."""
-    layers, width, heads, ffn = (int(n) for n in config.ctc_decoder_config.strip("()").split(","))
+    layers, width, heads, ffn = parse_decoder_shape(config.ctc_decoder_config)
     rope = getattr(config, "rope_parameters", None) or {
         "rope_type": "default",
         "rope_theta": config.rope_theta,

@@ -117,8 +117,6 @@ def add_lora(model: nn.Module, config: TrainConfig) -> None:
 
 def set_trainable(model: Any, config: TrainConfig) -> None:
     """`requires_grad` by the config: the projector always, the others as asked."""
-    projector_alone = config.tune_speech_projector
-    whole_backbone = not (config.freeze_backbone or projector_alone or config.lora_enable)
     for name, param in model.named_parameters():
         if "speech_projector." in name:
             wanted = True
@@ -129,7 +127,7 @@ def set_trainable(model: Any, config: TrainConfig) -> None:
         elif "lora_" in name:
             wanted = config.lora_enable
         else:
-            wanted = whole_backbone
+            wanted = config.trains_backbone
         param.requires_grad_(wanted)
 
 

@@ -293,8 +293,7 @@ def batch_flops(model_config: Any, batch: Batch, config: TrainConfig) -> float:
         answer_tokens=answers,
         unit_frames=max(frames, 1) if config.stage == 2 else 0,
     )
-    is_frozen = config.freeze_backbone or config.tune_speech_projector
-    backbone = "frozen" if is_frozen else "lora" if config.lora_enable else "full"
+    backbone = "full" if config.trains_backbone else "lora" if config.lora_enable else "frozen"
     return step_flops(
         model_config,
         size,
