@@ -17,7 +17,6 @@ import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from longcat_video_fft.storage import LocalStorage, ObjectVanishedError, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,15 @@ class ShardWriter:
             self.offset += len(raw)
         assert self.files is not None
         shard, index = self.files
-        for raw in data:
-            _write_all(shard, raw)
-        # The bytes reach the disk before the line that says they are there, also on power loss.
-        os.fdatasync(shard)
-        _write_all(index, "".join(lines).encode())
+        try:
+            for raw in data:
+                _write_all(shard, raw)
+            # The bytes reach the disk before the line that tells of them, also on power loss.
+            os.fdatasync(shard)
+            _write_all(index, "".join(lines).encode())
+        except OSError as error:
+            remedy = "what was written before is kept: free some space and start again"
+            raise OSError(error.errno, f"{error.strerror}; {remedy}", str(self.folder)) from error
         self.bytes_written += sum(map(len, data))
         if self.offset >= self.shard_bytes:
             self.close()

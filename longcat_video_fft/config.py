@@ -122,7 +122,8 @@ def validate_config(c: TrainConfig) -> None:
     for name, (known, reason) in fixed.items():
         if getattr(c, name) != known:
             raise ValueError(
-                f'{c.source}: {name}={getattr(c, name)!r} is refused: {reason}; set it to "{known}".'
+                f"{c.source}: {name}={getattr(c, name)!r} is refused: {reason}; set it to "
+                f'"{known}".'
             )
     if c.base_model_precision != "bf16":
         raise ValueError(

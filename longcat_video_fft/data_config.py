@@ -43,7 +43,7 @@ class VideoOptions:
 
 @dataclass(kw_only=True)
 class ParquetOptions:
-    """`parquet`: the table that scripts/generate_metadata_parquet.py makes, or one of the user's."""
+    """`parquet`: scripts/generate_metadata_parquet.py's table, or one of the user's."""
 
     path: str = ""
     filename_column: str = "filename"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import av
 import pyarrow as pa
@@ -62,12 +62,8 @@ class VideoRow:
     message: str = ""
 
 
-SCHEMA = pa.schema(
-    [
-        (f.name, {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}.get(f.type, pa.bool_()))  # pyright: ignore
-        for f in fields(VideoRow)
-    ]
-)  # fmt: skip
+ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in get_type_hints(VideoRow).items()])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ LONG_FILES: dict[str, str] = {}  # path: why it is longer
 MAX_BYTES = 600_000  # but tests/reference/*.safetensors
 LOCKED_EXTRAS = ("data", "demo", "eval", "obstore", "dev")
 # Comes with another dependency that pins what fits, so that a pin of ours could only disagree.
-COMES_WITH = {"tokenizers": "transformers"}
+COMES_WITH = {"botocore": "boto3", "tokenizers": "transformers"}
 PACKAGE_OF_MODULE = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",

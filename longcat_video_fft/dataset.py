@@ -1,0 +1,103 @@
+"""The caches -> micro-batches, for the training.
+
+    order position -> samples of one bucket -> latents and caption embeddings from their shards
+
+An item is a whole micro-batch; its index is its position in the run (`order.py`), so a loader over
+`range(start, stop, num_processes)` is all that resuming needs:
+
+    DataLoader(dataset, sampler=range(rank, stop, world_size), batch_size=None, num_workers=2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from longcat_video_fft.buckets import Bucket, parse_bucket
+from longcat_video_fft.captions import EMPTY_CAPTION
+from longcat_video_fft.order import TrainingOrder
+from longcat_video_fft.sources import open_caches
+from longcat_video_fft.survey import read_samples
+from longcat_video_fft.text_encoder import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from longcat_video_fft.cache import Entry
+    from longcat_video_fft.data_config import DataConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one bucket; t, h, w: latent frames and pixels; D: the text encoder's width."""
+
+    names: list[str]
+    bucket: Bucket
+    latents: Tensor  # (B, 16, t, h, w) bf16
+    caption_embeds: Tensor  # (B, 512, D) bf16, zero behind a caption's end
+    caption_mask: Tensor  # (B, 512) bool
+    position: int  # in the run; noise and timesteps depend on it and on the seed alone
+
+
+class LatentDataset(Dataset[Batch]):
+    """Micro-batches by position.
+
+    Args:
+        max_tokens: captions are padded to so many.
+
+    Raises:
+        ValueError: no sample is in both caches.
+    """
+
+    def __init__(
+        self, data: DataConfig, *, batch_size: int, seed: int, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        self.max_tokens = max_tokens
+        self.latent_cache, self.text_cache = open_caches(data)
+        self.entries: list[tuple[Entry, Entry]] = []
+        for name, size, _, caption in read_samples(self.latent_cache.storage):
+            latent, text = self.latent_cache.find(name, size), self.text_cache.find(caption)
+            if latent is not None and text is not None:
+                self.entries.append((latent, text))
+        if not self.entries:
+            raise ValueError(
+                f"{data.source}: the caches hold no sample. Run longcat_video_fft.precompute first."
+            )
+        self.order = TrainingOrder(
+            [latent.id for latent, _ in self.entries],
+            [parse_bucket(latent.bucket) for latent, _ in self.entries],
+            batch_size=batch_size,
+            seed=seed,
+            repeats=data.videos.repeats,
+        )
+
+    def __getitem__(self, position: int) -> Batch:
+        micro_batch = self.order.micro_batch(position)
+        pairs = [self.entries[i] for i in micro_batch.samples]
+        embeds, mask = self.pad([self.text_cache.read(text) for _, text in pairs])
+        return Batch(
+            names=[latent.id for latent, _ in pairs],
+            bucket=micro_batch.bucket,
+            latents=torch.stack([self.latent_cache.read(latent) for latent, _ in pairs]),
+            caption_embeds=embeds,
+            caption_mask=mask,
+            position=position,
+        )
+
+    def empty_caption(self) -> tuple[Tensor, Tensor]:
+        """((1, 512, D), (1, 512)) of the empty caption, for guidance dropout."""
+        entry = self.text_cache.find(EMPTY_CAPTION)
+        if entry is None:
+            raise ValueError(f"{self.text_cache.storage.location}: no empty caption; precompute.")
+        return self.pad([self.text_cache.read(entry)])
+
+    def pad(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(L, D) each -> (B, 512, D), (B, 512): lossless, see text_encoder.py."""
+        padded = embeddings[0].new_zeros(len(embeddings), self.max_tokens, embeddings[0].shape[1])
+        mask = torch.zeros(len(embeddings), self.max_tokens, dtype=torch.bool)
+        for row, embedding in enumerate(embeddings):
+            padded[row, : len(embedding)] = embedding
+            mask[row, : len(embedding)] = True
+        return padded, mask
