@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 
 from longcat_video_fft.bad_video import BadVideoError
@@ -22,7 +23,9 @@ from longcat_video_fft.buckets import Bucket, BucketRule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # A frame counts as shown at t where it begins up to this much later: containers round times to
 # milliseconds, and 1/15 s must still find the frame stamped 67 ms.
@@ -48,8 +51,9 @@ def decode_sample(data: bytes, rule: BucketRule) -> Sample:
                 raise BadVideoError("no video track", "no_video")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # the workers are the threads
-            frames, shape = _collect(_decode(container, stream), rule)
-    except av.FFmpegError as error:
+            pixel_aspect = float(stream.sample_aspect_ratio or 1)
+            frames, shape = _collect(_decode(container, stream), rule, pixel_aspect)
+    except FFmpegError as error:
         raise BadVideoError(f"the decoder stops: {error.strerror}", "damaged") from error
     length = rule.choose_frames(len(frames))
     if length is None:
@@ -60,9 +64,7 @@ def decode_sample(data: bytes, rule: BucketRule) -> Sample:
     return Sample(np.stack(frames[:length]), Bucket(length, *shape))
 
 
-def _decode(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[tuple[float, VideoFrame]]:
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, VideoFrame]]:
     """(seconds since the first frame, frame), and at the end the time at which the last ends."""
     first, last_end = None, 0.0
     for number, frame in enumerate(container.decode(stream)):
@@ -85,7 +87,7 @@ def _decode(
 
 
 def _collect(
-    timed_frames: Iterator[tuple[float, VideoFrame]], rule: BucketRule
+    timed_frames: Iterator[tuple[float, VideoFrame]], rule: BucketRule, pixel_aspect: float
 ) -> tuple[list[np.ndarray], tuple[int, int]]:
     """At each k / fps the frame that is shown then; native rate: each frame once."""
     chosen: list[np.ndarray] = []
@@ -99,35 +101,36 @@ def _collect(
                 if rule.target_fps is None
                 else len(chosen) / rule.target_fps < time - TIME_TOLERANCE_S
             ):
-                picture = _cut(shown, rule, shape) if picture is None else picture
+                picture = (
+                    _cut(shown, _displayed_size(shown, pixel_aspect), shape, crop=rule.crop)
+                    if picture is None
+                    else picture
+                )
                 chosen.append(picture)
             if len(chosen) == rule.frames[0]:
                 break
         elif frame is not None:
-            shape = rule.choose_shape(*_displayed_size(frame))
+            shape = rule.choose_shape(*_displayed_size(frame, pixel_aspect))
         shown = frame
     return chosen, shape
 
 
-def _displayed_size(frame: VideoFrame) -> tuple[float, float]:
+def _displayed_size(frame: VideoFrame, pixel_aspect: float) -> tuple[float, float]:
     """(height, width) in square pixels, after rotation."""
-    height, width = float(frame.height), float(frame.width)
-    if frame.sample_aspect_ratio:
-        width *= float(frame.sample_aspect_ratio)
+    height, width = float(frame.height), frame.width * pixel_aspect
     return (width, height) if frame.rotation % 180 else (height, width)
 
 
-def _cut(frame: VideoFrame, rule: BucketRule, shape: tuple[int, int]) -> np.ndarray:
+def _cut(
+    frame: VideoFrame, size: tuple[float, float], shape: tuple[int, int], *, crop: bool
+) -> np.ndarray:
     """(H, W, 3) uint8. Scaled to cover the shape, its middle taken; colours by the file's tags
     (BT.601 where it has none, as FFmpeg does)."""
-    height, width = _displayed_size(frame)
-    target_height, target_width = shape
-    if rule.crop:
-        scale = max(target_height / height, target_width / width)
-        height = max(target_height, round(height * scale))
-        width = max(target_width, round(width * scale))
-    else:
-        height, width = shape
+    height, width = shape
+    if crop:
+        scale = max(shape[0] / size[0], shape[1] / size[1])
+        height = max(height, round(size[0] * scale))
+        width = max(width, round(size[1] * scale))
     is_turned = frame.rotation % 180 != 0
     scaled = frame.reformat(
         width=height if is_turned else width,
@@ -138,5 +141,5 @@ def _cut(frame: VideoFrame, rule: BucketRule, shape: tuple[int, int]) -> np.ndar
     picture = scaled.to_ndarray()
     if frame.rotation:
         picture = np.rot90(picture, k=round(frame.rotation / 90))  # both counter-clockwise
-    top, left = (height - target_height) // 2, (width - target_width) // 2
-    return np.ascontiguousarray(picture[top : top + target_height, left : left + target_width])
+    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
+    return np.ascontiguousarray(picture[top : top + shape[0], left : left + shape[1]])

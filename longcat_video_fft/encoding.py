@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class VideoStage:
         self.writer, self.failures = writer, failures
         self.workers, self.compiles, self.on_done = workers, compiles, on_done
         # Seconds of the main thread by what it waited for, and of the workers in all.
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def run(self, jobs: list[Job]) -> None:
         """Encodes every job or writes down why not."""

@@ -16,9 +16,10 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import av
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.codec import Codec
+from av.error import FFmpegError
 from tqdm import tqdm
 
 from longcat_video_fft.bad_video import BadVideoError
@@ -193,8 +194,8 @@ def read_caption(storage: Storage, pair: Pair) -> str:
 @cache
 def can_decode(codec: str) -> bool:
     try:
-        av.codec.Codec(codec, "r")
-    except (ValueError, av.FFmpegError):
+        Codec(codec, "r")
+    except (ValueError, FFmpegError):
         return False
     return True
 

@@ -58,10 +58,8 @@ class TrainingOrder:
         copies = 1 + repeats
         self.samples = np.repeat(np.arange(len(names)), copies)
         self.kind = np.repeat(np.array([number[bucket] for bucket in buckets]), copies)
-        hashes = [
-            xxhash.xxh3_64_intdigest(f"{name}\0{copy}") for name in names for copy in range(copies)
-        ]
-        self.hashes = np.array(hashes, dtype=np.uint64)
+        keys = [f"{name}\0{copy}".encode() for name in names for copy in range(copies)]
+        self.hashes = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
         self.counts = np.bincount(self.kind, minlength=len(self.kinds))
         self.epoch_length = int(np.sum(-(-self.counts // batch_size)))  # micro-batches
         self._epoch = -1
@@ -100,7 +98,7 @@ def mix(values: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """A 64-bit hash of (value, seed, epoch), (N,) uint64 -> (N,) uint64: the finaliser of
     SplitMix64 (Steele et al. 2014), which unlike numpy's generators is the same in any version."""
     with np.errstate(over="ignore"):
-        salt = xxhash.xxh3_64_intdigest(f"{seed}/{epoch}")
+        salt = xxhash.xxh3_64_intdigest(f"{seed}/{epoch}".encode())
         x = values ^ np.uint64(salt)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

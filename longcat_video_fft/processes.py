@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,10 +30,10 @@ class Processes:
 
     def __init__(self) -> None:
         if "RANK" in os.environ:
-            rendezvous = dist.rendezvous("env://", timeout=LONGEST_WAIT)
-            self.store, self.rank, self.world_size = next(rendezvous)
+            found = rendezvous("env://", timeout=LONGEST_WAIT)
+            self.store, self.rank, self.world_size = next(found)
         else:
-            self.store, self.rank, self.world_size = dist.HashStore(), 0, 1
+            self.store, self.rank, self.world_size = dist.HashStore(), 0, 1  # pyright: ignore[reportPrivateImportUsage]
         self.store.set_timeout(LONGEST_WAIT)
         self.is_main = self.rank == 0
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

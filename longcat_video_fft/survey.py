@@ -22,7 +22,13 @@ from tqdm import tqdm
 from longcat_video_fft.bad_video import REASONS
 from longcat_video_fft.buckets import BF16_BYTES, Bucket, parse_bucket
 from longcat_video_fft.captions import EMPTY_CAPTION, caption_id, clean_caption
-from longcat_video_fft.metadata import VideoRow, build_table, read_rows, write_table
+from longcat_video_fft.metadata import (
+    VideoRow,
+    build_table,
+    pair_files,
+    read_rows,
+    write_table,
+)
 from longcat_video_fft.text_encoder import MAX_TOKENS, count_tokens
 
 if TYPE_CHECKING:
@@ -68,11 +74,12 @@ class Survey:
 
     def lines(self, embedding_dim: int) -> Iterator[str]:
         """The report that is shown before anything is encoded."""
-        total = self.num_samples + sum(self.left_out.values())
-        yield f"{total:,} videos: {self.num_samples:,} samples, {total - self.num_samples:,} left out"
+        total = self.num_samples + self.left_out.total()
+        yield f"{total:,} videos: {self.num_samples:,} samples, {self.left_out.total():,} left out"
         for bucket, number in sorted(self.buckets.items(), reverse=True):
             share = 100 * number / self.num_samples
-            yield f"  {bucket!s:>14} {number:>9,} ({share:.1f} %), {bucket.num_tokens:,} tokens each"
+            tokens = f"{bucket.num_tokens:,} tokens each"
+            yield f"  {bucket!s:>14} {number:>9,} ({share:.1f} %), {tokens}"
         for reason, number in self.left_out.most_common():
             yield f"  left out: {number:,} {reason} ({REASONS.get(reason, 'see metadata')})"
             for name in self.examples[reason]:
@@ -89,7 +96,8 @@ class Survey:
             f"  {self.num_captions:,} different captions, {self.num_cut_captions:,} of them over "
             f"{MAX_TOKENS} tokens and cut there"
         )
-        yield f"  latents {self.latent_bytes / 1e9:,.2f} GB, caption embeddings {text / 1e9:,.2f} GB"
+        latents = self.latent_bytes
+        yield f"  latents {latents / 1e9:,.2f} GB, caption embeddings {text / 1e9:,.2f} GB"
 
 
 def find_rows(data: DataConfig, storage: Storage) -> Iterator[VideoRow]:
@@ -113,8 +121,6 @@ def find_rows(data: DataConfig, storage: Storage) -> Iterator[VideoRow]:
 
 def _compare(rows: Iterator[VideoRow], storage: Storage) -> Iterator[VideoRow]:
     """A table's rows against what is really there; skip_file_discovery "metadata" saves it."""
-    from longcat_video_fft.metadata import pair_files
-
     listed = {pair.key: pair.size for pair in pair_files(storage.list_objects())}
     for row in rows:
         size = listed.pop(row.filename, None)

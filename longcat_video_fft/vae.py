@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def load_video_encoder(
             f"{folder}: no Wan VAE in the diffusers layout ({error}). It is the folder vae/ of "
             "LongCat-Video."
         ) from error
-    vae = vae.to(device).eval().requires_grad_(False)
+    nn.Module.to(vae, device=device)
+    vae.eval().requires_grad_(False)
     for module in vae.modules():  # weights in the order of the pictures, or each call converts
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
