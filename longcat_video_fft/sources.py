@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longcat_video_fft.cache import TensorCache
-from longcat_video_fft.s3_storage import S3Options, open_s3
 from longcat_video_fft.storage import LocalStorage, Storage
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def open_videos(data: DataConfig) -> Storage:
     videos = data.videos
     if videos.type == "local":
         return LocalStorage(data.path(videos.instance_data_dir))
-    return open_s3(_options(videos, str(videos.aws_bucket_name), videos.aws_data_prefix))
+    return _open_s3(videos, str(videos.aws_bucket_name), videos.aws_data_prefix)
 
 
 def open_caches(data: DataConfig) -> tuple[TensorCache, TensorCache]:
@@ -34,12 +33,14 @@ def open_cache_storage(data: DataConfig, location: str) -> Storage:
     """The files of a cache."""
     if location.startswith(S3_SCHEME):
         bucket, _, prefix = location.removeprefix(S3_SCHEME).partition("/")
-        return open_s3(_options(data.videos, bucket, prefix))
+        return _open_s3(data.videos, bucket, prefix)
     return LocalStorage(data.path(location))
 
 
-def _options(videos: VideoData, bucket: str, prefix: str) -> S3Options:
-    return S3Options(
+def _open_s3(videos: VideoData, bucket: str, prefix: str) -> Storage:
+    from longcat_video_fft.s3_storage import S3Options, open_s3  # boto3: not for local files
+
+    options = S3Options(
         bucket=bucket,
         prefix=prefix,
         region=videos.aws_region_name,
@@ -47,3 +48,4 @@ def _options(videos: VideoData, bucket: str, prefix: str) -> S3Options:
         access_key_id=videos.aws_access_key_id,
         secret_access_key=videos.aws_secret_access_key,
     )
+    return open_s3(options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -44,6 +44,13 @@ def make_model(folder: Path, *, seed: int = 0) -> None:
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     vae.save_pretrained(folder / "vae")
+    make_tokenizer(folder / "tokenizer")
+    config = UMT5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes, with an end mark as UMT5's has."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -56,11 +63,7 @@ def make_model(folder: Path, *, seed: int = 0) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    fast.save_pretrained(folder / "tokenizer")
-    config = UMT5Config(
-        vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
-    )
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    fast.save_pretrained(folder)
 
 
 def write_configs(
@@ -103,14 +106,12 @@ def precompute(config: Path, *words: str) -> int:
 
 
 def command(config: Path, *words: str, processes: int = 1) -> list[str]:
-    """The command as a user starts it, by accelerate where there are several processes."""
+    """The command, under torchrun where there are several processes."""
     module = ["-m", "longcat_video_fft.precompute", "--config", str(config), *words]
     if processes == 1:
         return [sys.executable, *module]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    launcher = [*launcher, "--num_machines", "1", "--mixed_precision", "no"]
-    launcher = [*launcher, "--dynamo_backend", "no", "--multi_gpu"]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *module]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [sys.executable, *launcher, "--standalone", *module]
 
 
 def launch_env(**env: str) -> dict[str, str]:
