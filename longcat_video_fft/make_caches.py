@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 MODEL_PATTERNS = ("vae/*", "text_encoder/*", "tokenizer/*")
 MAX_DECODE_WORKERS = 16
 # Latents a second on one H200 at 93 frames of 480x832 (README.md, "Measured").
-VIDEOS_PER_S = 1.0
+VIDEOS_PER_S = 1.38
 
 
 @dataclass(frozen=True)

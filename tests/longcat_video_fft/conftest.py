@@ -14,6 +14,7 @@ from tests.longcat_video_fft.s3_server import (
     set_environment,
     start_moto,
 )
+from tests.longcat_video_fft.tiny import Tiny, make_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +58,11 @@ def open_films(url: str, prefix: str, **options: Any) -> S3Storage:
 def open_many(url: str, prefix: str) -> Storage:
     """The storage for a prefix of `s3_many_bucket`."""
     return open_s3(S3Options(bucket=MANY_BUCKET, prefix=prefix, endpoint_url=url))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -132,9 +132,10 @@ def compare(encoder: VideoEncoder, data: Any, name: str) -> None:
     def distance(a: torch.Tensor) -> str:
         return f"{((a - exact).norm() / exact.norm()).item():.2e}"
 
+    again_is = "equal" if ours.equal(again) else "not equal"
     say(
         f"to diffusers in fp32: compiled {distance(ours)}, eager {distance(eager)}, diffusers in "
-        f"bf16 {distance(theirs)}; the same video again: {'equal' if ours.equal(again) else 'other'}"
+        f"bf16 {distance(theirs)}; the same video again is {again_is}"
     )
 
 
@@ -148,9 +149,7 @@ def time_text(models: Any) -> None:
     for _ in range(10):
         encoder.encode(captions)
     seconds = (time.perf_counter() - started) / 10
-    say(
-        f"UMT5-XXL: 32 captions of 128 tokens in {seconds * 1e3:.0f} ms, {32 / seconds:.0f} a second"
-    )
+    say(f"UMT5-XXL, 32 captions of 128 tokens: {seconds * 1e3:.0f} ms, {32 / seconds:.0f}/s")
     del encoder
     make_caches.release_memory()
 
