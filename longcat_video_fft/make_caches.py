@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -31,7 +32,7 @@ from longcat_video_fft.text_encoder import MAX_TOKENS, TextEncoder, load_tokeniz
 from longcat_video_fft.vae import load_video_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from longcat_video_fft.config import TrainConfig
@@ -71,19 +72,18 @@ def make_caches(
     """
 
     models = find_models(config)
-    lock = lock_cache(data.latent_cache) if processes.is_main and not is_dry else None
-    missing = processes.main_first("plan", lambda: plan(config, data, models, retries_failed))
-    if is_dry:
-        return
-    check_shared_folders(data, processes)
-    failed = {} if retries_failed else permanent(read_failures(data.latent_cache))
-    caches = open_folder(data.latent_cache), open_folder(data.text_cache)
-    embed_captions(data, models, processes, caches[1], missing)
-    encode_videos(config, data, models, processes, caches[0], failed, missing)
-    if processes.is_main:
-        report_result(data)
-    if lock is not None:
-        os.close(lock)
+    holds_lock = processes.is_main and not is_dry
+    with lock_cache(data.latent_cache) if holds_lock else contextlib.nullcontext():
+        missing = processes.main_first("plan", lambda: plan(config, data, models, retries_failed))
+        if is_dry:
+            return
+        check_shared_folders(data, processes)
+        failed = {} if retries_failed else permanent(read_failures(data.latent_cache))
+        caches = open_folder(data.latent_cache), open_folder(data.text_cache)
+        embed_captions(data, models, processes, caches[1], missing)
+        encode_videos(config, data, models, processes, caches[0], failed, missing)
+        if processes.is_main:
+            report_result(data)
 
 
 def find_models(config: TrainConfig) -> Models:
@@ -102,16 +102,22 @@ def find_models(config: TrainConfig) -> Models:
     return models
 
 
-def lock_cache(folder: Path) -> int:
-    """Held until this process ends, however it ends; two jobs would do the same work twice."""
+@contextlib.contextmanager
+def lock_cache(folder: Path) -> Iterator[None]:
+    """Held until this process ends, however it ends; two jobs would do the same work twice.
+
+    Raises:
+        ValueError: another job holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"{folder}: another precompute is at work there; wait for it.") from None
-    return descriptor
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another precompute is at work there; wait for it."
+            ) from None
+        yield
 
 
 def plan(

@@ -19,6 +19,7 @@ from longcat_video_fft.cache_state import is_complete
 from longcat_video_fft.captions import EMPTY_CAPTION
 from longcat_video_fft.data_config import load_data_config
 from longcat_video_fft.encoding import read_failures
+from longcat_video_fft.make_caches import lock_cache
 from tests.longcat_video_fft.s3_server import put_objects
 from tests.longcat_video_fft.tiny import (
     NUM_VIDEOS,
@@ -213,11 +214,10 @@ def test_a_disk_that_is_too_small_is_refused_before_work(
 def test_two_jobs_in_one_cache(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from longcat_video_fft.make_caches import lock_cache
-
     config = write_configs(tmp_path, tiny)
-    lock_cache(tmp_path / "vae")
-    assert "another precompute is at work" in message(config, capsys)
+    with lock_cache(tmp_path / "vae"):
+        assert "another precompute is at work" in message(config, capsys)
+    assert precompute(config) == 0
 
 
 def test_a_model_without_a_part(
