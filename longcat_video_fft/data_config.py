@@ -221,6 +221,8 @@ def _check_source(v: VideoData, parquet: ParquetOptions) -> list[str]:
     )
     if v.type == "aws" and not v.aws_bucket_name:
         complaints.append("aws_bucket_name is needed with type aws.")
+    if v.type == "aws" and v.instance_data_dir:
+        complaints.append("instance_data_dir belongs to type local; use aws_data_prefix.")
     if v.type == "local" and not v.instance_data_dir:
         complaints.append("instance_data_dir, the folder of the videos, is needed with type local.")
     for name in ("bucket_name", "region_name", "access_key_id", "secret_access_key"):
