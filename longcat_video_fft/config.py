@@ -222,4 +222,5 @@ def check_value(key: str, value: Any, types: dict[str, Any], source: str) -> Any
     if float in kinds and type(value) is int:
         return float(value)
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{source}: {key}={value!r} must be of type {names}.")
+    shown = key if "access_key" in key else f"{key}={value!r}"  # a secret is not repeated
+    raise ValueError(f"{source}: {shown} must be of type {names}.")

@@ -253,12 +253,18 @@ def _check_source(v: VideoData, parquet: ParquetOptions) -> list[str]:
 def _check_picture(v: VideoData) -> list[str]:
     complaints: list[str] = []
     if isinstance(v.resolution, list):
+        by_ratio: dict[float, list[int]] = {}
         for shape in v.resolution:
             is_pair = isinstance(shape, list) and len(shape) == 2
             if not is_pair or any(type(n) is not int or n < 1 or n % TOKEN_STRIDE for n in shape):
                 complaints.append(
                     f"resolution: {shape!r} is not [height, width] in multiples of {TOKEN_STRIDE} "
                     "(8 of the VAE x 2 of the transformer)."
+                )
+            elif by_ratio.setdefault(shape[0] / shape[1], shape) != shape:
+                complaints.append(
+                    f"resolution: {by_ratio[shape[0] / shape[1]]} and {shape} have one ratio, "
+                    "which chooses the shape; delete one."
                 )
         if not v.resolution:
             complaints.append("resolution=[] has no shape.")
@@ -297,7 +303,7 @@ def _check_frames(o: VideoOptions) -> list[str]:
                 f"video: {length!r} frames are refused: a length is 4n + 1 (the VAE packs 4 frames "
                 f"into one) and at most {MAX_FRAMES}, the longest that the model was trained on."
             )
-    if o.frame_buckets and max(o.frame_buckets) != o.num_frames:
+    if o.frame_buckets and not complaints and max(o.frame_buckets) != o.num_frames:
         complaints.append(
             f"video: num_frames={o.num_frames} must be the longest of frame_buckets="
             f"{o.frame_buckets}."

@@ -41,6 +41,8 @@ PART_ROWS = 4096
 WORKERS = 256
 # What another run may find mended; other errors stay until the file changes.
 RETRIED_ERRORS = ("unreadable", "vanished")
+CAPTION_ERRORS = ("missing_caption", "bad_caption")
+CAPTION_NOT_READ = -2  # as a caption's size
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class VideoRow:
     filename: str  # the key below the prefix, sub-folders included
     size: int = 0  # bytes; 0: not known
     caption: str = ""
-    caption_size: int = -1  # bytes; -1: there is none
+    caption_size: int = -1  # bytes; -1: there is none; -2: not looked for
     width: int = 0  # as displayed, in pixels
     height: int = 0
     rotation: int = 0  # degrees clockwise
@@ -144,7 +146,8 @@ def build_table(
 
 def probe(storage: Storage, pair: Pair, *, reads_captions: bool = True) -> VideoRow:
     """The row of one video. Whatever is wrong with it is said in the row."""
-    row = VideoRow(filename=pair.key, size=pair.size, caption_size=pair.caption_size)
+    caption_size = pair.caption_size if reads_captions else CAPTION_NOT_READ
+    row = VideoRow(filename=pair.key, size=pair.size, caption_size=caption_size)
     try:
         if pair.same_name:
             raise BadVideoError(
@@ -228,6 +231,10 @@ def read_rows(path: Path, columns: ParquetOptions) -> Iterator[VideoRow]:
         for batch in file.iter_batches(columns=wanted + extra):
             for raw in batch.to_pylist():
                 values = {renamed[name]: raw[name] for name in wanted if raw[name] is not None}
+                if "filename" not in values:
+                    raise ValueError(
+                        f"{path}: a row has no {columns.filename_column}. Leave it out."
+                    )
                 if not values.get("caption") and extra:
                     values["caption"] = raw[extra[0]] or ""
                 if not columns.identifier_includes_extension:
@@ -278,7 +285,9 @@ def _is_done(
     size, caption_size, error, _ = done.get(pair.key, (-1, -1, "", ""))
     if error in RETRIED_ERRORS or (error == "same_name") != bool(pair.same_name):
         return False
-    return size == pair.size and (not reads_captions or caption_size == pair.caption_size)
+    if not reads_captions:  # a caption that was at fault kept the header from being read
+        return size == pair.size and error not in CAPTION_ERRORS
+    return size == pair.size and caption_size == pair.caption_size
 
 
 def _merge(sources: list[Path], keys: set[str], output: Path) -> None:

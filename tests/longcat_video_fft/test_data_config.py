@@ -27,7 +27,7 @@ def load(
         "id": "videos",
         "type": "local",
         "dataset_type": "video",
-        "instance_data_dir": "videos",
+        "instance_data_dir": "" if (videos or {}).get("type") == "aws" else "videos",
         "cache_dir_vae": "vae",
         "video": video,
     }
@@ -136,6 +136,10 @@ def test_accepted(tmp_path: Path, videos: Object, text: Object) -> None:
     [
         ({"type": "huggingface"}, ["type='huggingface'", "aws, local"]),
         ({"type": "aws"}, ["aws_bucket_name is needed"]),
+        (
+            {"type": "aws", "aws_bucket_name": "b", "instance_data_dir": "d"},
+            ["instance_data_dir belongs to type local"],
+        ),
         ({"instance_data_dir": ""}, ["instance_data_dir", "is needed"]),
         ({"metadata_backend": "webshart"}, ["metadata_backend='webshart'", "discovery, parquet"]),
         ({"caption_strategy": "csv"}, ["caption_strategy='csv'", "textfile", "instanceprompt"]),
