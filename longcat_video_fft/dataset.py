@@ -10,6 +10,7 @@ An item is a whole micro-batch; its index is its position in the run (`order.py`
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from torch.utils.data import Dataset
 from longcat_video_fft.buckets import Bucket, parse_bucket
 from longcat_video_fft.captions import EMPTY_CAPTION
 from longcat_video_fft.order import TrainingOrder
-from longcat_video_fft.sources import open_caches
-from longcat_video_fft.survey import read_samples
+from longcat_video_fft.sources import open_cache_storage, open_caches
+from longcat_video_fft.storage import ObjectVanishedError
+from longcat_video_fft.survey import SAMPLES, read_samples
 from longcat_video_fft.text_encoder import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -48,16 +50,25 @@ class LatentDataset(Dataset[Batch]):
         max_tokens: captions are padded to so many.
 
     Raises:
-        ValueError: no sample is in both caches.
+        ValueError: a cache is not there, or no sample is in both.
     """
 
     def __init__(
         self, data: DataConfig, *, batch_size: int, seed: int, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.max_tokens = max_tokens
+        self.data = data
+        self.process = os.getpid()
         self.latent_cache, self.text_cache = open_caches(data)
+        try:
+            samples = read_samples(self.latent_cache.storage)
+        except ObjectVanishedError:
+            raise ValueError(
+                f"{self.latent_cache.storage.location}: has no {SAMPLES}. Run "
+                "longcat_video_fft.precompute first."
+            ) from None
         self.entries: list[tuple[Entry, Entry]] = []
-        for name, size, _, caption in read_samples(self.latent_cache.storage):
+        for name, size, _, caption in samples:
             latent, text = self.latent_cache.find(name, size), self.text_cache.find(caption)
             if latent is not None and text is not None:
                 self.entries.append((latent, text))
@@ -74,6 +85,8 @@ class LatentDataset(Dataset[Batch]):
         )
 
     def __getitem__(self, position: int) -> Batch:
+        if self.process != os.getpid():
+            self._reopen()
         micro_batch = self.order.micro_batch(position)
         pairs = [self.entries[i] for i in micro_batch.samples]
         embeds, mask = self.pad([self.text_cache.read(text) for _, text in pairs])
@@ -85,6 +98,14 @@ class LatentDataset(Dataset[Batch]):
             caption_mask=mask,
             position=position,
         )
+
+    def _reopen(self) -> None:
+        """In a loader's worker: a fork shares connections and loses obstore's threads, so that it
+        would wait for ever; the worker gets clients of its own, of boto3."""
+        os.environ["LONGCAT_NO_OBSTORE"] = "1"  # in this worker alone
+        self.latent_cache.storage = open_cache_storage(self.data, self.data.videos.cache_dir_vae)
+        self.text_cache.storage = open_cache_storage(self.data, self.data.text.cache_dir)
+        self.process = os.getpid()
 
     def empty_caption(self) -> tuple[Tensor, Tensor]:
         """((1, 512, D), (1, 512)) of the empty caption, for guidance dropout."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,12 @@ from longcat_video_fft.data_config import DataConfig, load_data_config
 from longcat_video_fft.dataset import Batch, LatentDataset
 from longcat_video_fft.survey import SAMPLES
 from tests.longcat_video_fft.s3_server import put_objects
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WIDTH = 24
 LONG, SHORT = Bucket(9, 32, 48), Bucket(5, 48, 32)
@@ -80,9 +85,7 @@ def write_shards(folder: Path, items: list[tuple[str, Tensor, str, int]]) -> Non
         writer.close()
 
 
-def configure(
-    folder: Path, vae: Path | str, text: Path | str, **videos: Any
-) -> DataConfig:
+def configure(folder: Path, vae: Path | str, text: Path | str, **videos: Any) -> DataConfig:
     path = folder / "databackend.json"
     first = {"dataset_type": "video", "instance_data_dir": "x", "cache_dir_vae": str(vae)}
     second = {"dataset_type": "text_embeds", "cache_dir": str(text)}

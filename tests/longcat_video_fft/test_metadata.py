@@ -132,17 +132,17 @@ def test_errors(tmp_path: Path) -> None:
 
 
 def test_reasons_are_known() -> None:
-    used: set[str] = set()
+    used: set[Any] = set()
     for name in ("metadata", "mp4_header", "mp4_boxes", "survey"):
         text = (Path(metadata.__file__).parent / f"{name}.py").read_text()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func).rpartition(".")[2]
                 if called in ("BadVideoError", "HeaderError", "leave_out"):
-                    used |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+                    used |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}  # pyright: ignore
             elif isinstance(node, ast.Assign) and "row.error" in ast.unparse(node.targets[0]):
                 value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
-                used |= {value.value} if isinstance(value, ast.Constant) else set()
+                used |= {value.value} if isinstance(value, ast.Constant) else set()  # pyright: ignore
     assert {"missing_caption", "unreadable", "vanished", "too_short", "truncated"} <= used
     assert used <= REASONS.keys()
     assert set(metadata.RETRIED_ERRORS) <= REASONS.keys()
@@ -280,7 +280,7 @@ def test_user_table(tmp_path: Path) -> None:
         VideoRow(filename="c.mp4", caption="u", height=7, fps=25.0),
         VideoRow(filename="d.mp4", width=4, height=8, fps=1.0),
     ]
-    plain = ParquetOptions(**named | {"identifier_includes_extension": True})
+    plain = ParquetOptions(**{**named, "identifier_includes_extension": True})  # pyright: ignore[reportArgumentType]
     assert [(r.filename, r.caption) for r in read_rows(path, plain)][:2] == [
         ("a", "A"),
         ("sub/b", ""),
