@@ -102,6 +102,7 @@ def test_devices_part_one_stream(world: int) -> None:
 
 def test_blocks_of_one_bucket() -> None:
     """8 micro-batches in a row are of one bucket until full blocks end; then come the rest."""
+    assert BLOCK == 8
     batches = name_all(build())
     counts = {bucket: -(-size // 2) for bucket, size in SIZES.items()}
     num_blocks = sum(count // BLOCK for count in counts.values())
