@@ -45,6 +45,19 @@ class TrainConfig:
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 4
     gradient_checkpointing: bool = True
+    gradient_checkpointing_mode: str = "selective"  # keeps attention outputs; "full" keeps nothing
+    uncheckpointed_blocks: int = 0
+    activation_offload: bool = False
+    transformer_init: str = "pretrained"
+    resume_from_checkpoint: str | None = None
+    flow_shift: float = 12.0
+    timestep_sampling: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    caption_dropout_probability: float = 0.1
+    image_to_video_probability: float = 0.0
+    continuation_probability: float = 0.0
+    condition_noise_max: float = 0.05
     learning_rate: float = 1e-5
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 500
@@ -57,13 +70,22 @@ class TrainConfig:
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    ema_decay: float | None = None
     mixed_precision: str = "bf16"
+    compile: bool = True
+    fp8_linears: bool = False
+    dataloader_num_workers: int = 2
+    logging_steps: int = 1
+    num_held_out_samples: int = 0
     disable_tf32: bool = False
     fsdp_enable: bool = True
     fsdp_version: int = 2
     fsdp_state_dict_type: str = "SHARDED_STATE_DICT"
     fsdp_auto_wrap_policy: str = "TRANSFORMER_BASED_WRAP"
     fsdp_cpu_ram_efficient_loading: bool = True
+    fsdp_reshard_after_forward: bool = True
+    fsdp_replicate_size: int = 1
+    context_parallel_size: int = 1
     musubi_blocks_to_swap: int = 0
     musubi_block_swap_device: str = "cpu"
     validation_prompt: str | None = None
@@ -75,6 +97,11 @@ class TrainConfig:
     validation_step_interval: int = 2500
     num_validation_images: int = 2
     report_to: str = "tensorboard"
+
+    # The dry run's machine; null: what is found here.
+    dry_run: bool = False
+    num_gpus: int | None = None
+    gpu_memory_gib: float | None = None
 
     # Where the values came from, for messages.
     source: str = field(default="the command line", repr=False)
