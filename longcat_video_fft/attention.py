@@ -1,0 +1,135 @@
+"""Attention of LongCat-Video's transformer: rotary positions, the kernel, and Ulysses.
+
+Shapes: B batch, N tokens (this process's share under context parallelism), H heads, D head size.
+Ships with an export beside `transformer.py`; imports nothing else of this folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed import ProcessGroup
+
+ROPE_BASE = 10000.0
+
+# Best first: on an H200 at 37,440 tokens cuDNN is 1.7 times as fast as flash (README.md).
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@contextlib.contextmanager
+def use_backend(mechanism: str) -> Iterator[None]:
+    """`attention_mechanism`: "diffusers" tries the backends in their order, others name one."""
+    if mechanism == "diffusers":
+        with sdpa_kernel(list(BACKENDS.values()), set_priority=True):
+            yield
+    else:
+        with sdpa_kernel([BACKENDS[mechanism]]):
+            yield
+
+
+def rotary_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the 3-D rotary positions, each (T, H*W, D/2) float32.
+
+    The head is split into time, height and width; height and width take 2*(D // 6) each
+    (longcat_video/modules/rope_3d.py of the official code). On interleaved pairs.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        powers = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        table = positions[:, None] * (1.0 / ROPE_BASE**powers)  # (length, dim/2)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = length
+        angles.append(table.view(shape).expand(*grid, dim // 2))
+    flat = torch.cat(angles, dim=-1).flatten(1, 2)
+    return flat.cos(), flat.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs of `x` (B, H, N, D) by the angles (N, D/2); float32 inside."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    cp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (B, H, Nq, D); `key_mask` (B, Nk) is True where a key counts.
+
+    With `cp_group` each process comes with its tokens and all heads, and attends over all tokens
+    with its heads (DeepSpeed Ulysses, arXiv 2309.14509). Any order of the tokens will do.
+    """
+    if cp_group is not None:
+        q, k, v = (_tokens_to_heads(x, cp_group) for x in (q, k, v))
+    mask = None if key_mask is None else key_mask[:, None, None, :].bool()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out if cp_group is None else _heads_to_tokens(out, cp_group)
+
+
+def _tokens_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(B, H, N/P, D) of each of P processes -> (B, H/P, N, D)."""
+    size = group.size()
+    pieces = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # (P, B, H/P, N/P, D)
+    pieces = _exchange(pieces, group)  # piece p: process p's tokens
+    return pieces.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _heads_to_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(B, H/P, N, D) of each of P processes -> (B, H, N/P, D)."""
+    size = group.size()
+    pieces = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).contiguous()  # (P, B, H/P, N/P, D)
+    pieces = _exchange(pieces, group)  # piece p: process p's heads
+    return pieces.transpose(0, 1).flatten(1, 2)
+
+
+def _exchange(pieces: Tensor, group: ProcessGroup) -> Tensor:
+    """Sends piece p to process p; (P, ...) in and out, with a gradient."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    flat = pieces.flatten()
+    splits = [flat.numel() // group.size()] * group.size()
+    return all_to_all_single_autograd(flat, splits, splits, group).view_as(pieces)
+
+
+class GatherTokens(torch.autograd.Function):
+    """(B, T, S/P, C) of each of P processes -> (B, T, S, C) on all.
+
+    Every process goes on with the same values and the same loss, so its own part of the gradient
+    is all that it takes back; the sum over the processes is then the gradient of one loss.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # pyright: ignore
+        import torch.distributed as dist
+
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return grad.chunk(ctx.group.size(), dim=2)[ctx.group.rank()].contiguous(), None
