@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from longcat_video_fft.config_rules import validate_config
+
 OFFICIAL_MODEL = "meituan-longcat/LongCat-Video"
 
 
@@ -33,6 +35,7 @@ class TrainConfig:
 
     # Data and its preparation.
     data_backend_config: str | None = None
+    max_text_tokens: int = 512  # text keys of the model, of any caption's length
     vae_dtype: str = "bf16"
     vae_chunk_frames: int = 12
     vae_compile: bool = True
@@ -137,40 +140,6 @@ def load_config(argv: list[str]) -> TrainConfig:
     config = TrainConfig(**values, source=source)
     validate_config(config)
     return config
-
-
-def validate_config(c: TrainConfig) -> None:
-    """Raises ValueError (field=value, what is wrong, what to do) for what cannot work."""
-    fixed = {
-        "model_type": ("full", "this folder trains all weights"),
-        "model_family": ("longcat_video", "it is the one model of this folder"),
-        "model_flavour": ("final", "it is the one that is released"),
-    }
-    for name, (known, reason) in fixed.items():
-        if getattr(c, name) != known:
-            raise ValueError(
-                f"{c.source}: {name}={getattr(c, name)!r} is refused: {reason}; set it to "
-                f'"{known}".'
-            )
-    if c.base_model_precision != "bf16":
-        raise ValueError(
-            f"{c.source}: base_model_precision={c.base_model_precision!r} is refused: a quantised "
-            "base cannot be trained whole. To save memory set optimizer to an 8-bit one and "
-            'base_model_precision to "bf16".'
-        )
-    if c.vae_dtype not in ("bf16", "fp32"):
-        raise ValueError(f"{c.source}: vae_dtype={c.vae_dtype!r} is not one of bf16, fp32.")
-    for name in ("vae_chunk_frames", "train_batch_size", "decode_workers"):
-        value = getattr(c, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{c.source}: {name}={value} must be above 0.")
-    if c.vae_chunk_frames % 4:
-        raise ValueError(
-            f"{c.source}: vae_chunk_frames={c.vae_chunk_frames} must be a multiple of 4: the VAE "
-            "packs 4 frames into one."
-        )
-    if not c.data_backend_config:
-        raise ValueError(f"{c.source}: data_backend_config is needed; databackend.json is one.")
 
 
 def read_json(path: Path) -> Any:

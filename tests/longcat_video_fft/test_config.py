@@ -60,11 +60,11 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     config = load_config(
         ["--config", file, "--seed=7", "--learning_rate", "2", "--decode_workers", "null",
          "--vae_compile", "false", "--disable_tf32", "--validation_prompt", "a cat",
-         "--musubi_blocks_to_swap", "-1", "--output_dir=a=b"]
+         "--logit_mean", "-1", "--output_dir=a=b"]
     )  # fmt: skip
     assert (config.seed, config.learning_rate, config.decode_workers) == (7, 2.0, None)
     assert (config.vae_compile, config.disable_tf32) == (False, True)
-    assert (config.validation_prompt, config.musubi_blocks_to_swap) == ("a cat", -1)
+    assert (config.validation_prompt, config.logit_mean) == ("a cat", -1.0)
     assert config.output_dir == "a=b"
     assert load_config(["--config", file]).seed == 1
 
