@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from longcat_video_fft.buckets import Bucket, parse_bucket
 from longcat_video_fft.captions import EMPTY_CAPTION
-from longcat_video_fft.order import TrainingOrder
+from longcat_video_fft.order import TrainingOrder, split_held_out
 from longcat_video_fft.sources import open_cache_storage, open_caches
 from longcat_video_fft.storage import ObjectVanishedError
 from longcat_video_fft.survey import SAMPLES, read_samples
@@ -44,17 +44,24 @@ class Batch:
 
 
 class LatentDataset(Dataset[Batch]):
-    """Micro-batches by position.
+    """Micro-batches by position; samples that are not trained on by `held_out_sample`.
 
     Args:
         max_tokens: captions are padded to so many.
+        num_held_out: so many samples are kept from training.
 
     Raises:
-        ValueError: a cache is not there, or no sample is in both.
+        ValueError: a cache is not there, no sample is in both, or all would be held out.
     """
 
     def __init__(
-        self, data: DataConfig, *, batch_size: int, seed: int, max_tokens: int = MAX_TOKENS
+        self,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        max_tokens: int = MAX_TOKENS,
+        num_held_out: int = 0,
     ) -> None:
         self.max_tokens = max_tokens
         self.data = data
@@ -67,15 +74,20 @@ class LatentDataset(Dataset[Batch]):
                 f"{self.latent_cache.storage.location}: has no {SAMPLES}. Run "
                 "longcat_video_fft.precompute first."
             ) from None
-        self.entries: list[tuple[Entry, Entry]] = []
+        entries: list[tuple[Entry, Entry]] = []
         for name, size, _, caption in samples:
             latent, text = self.latent_cache.find(name, size), self.text_cache.find(caption)
             if latent is not None and text is not None:
-                self.entries.append((latent, text))
-        if not self.entries:
+                entries.append((latent, text))
+        if not entries:
             raise ValueError(
                 f"{data.source}: the caches hold no sample. Run longcat_video_fft.precompute first."
             )
+        is_held_out = split_held_out([latent.id for latent, _ in entries], num_held_out)
+        self.entries = [e for e, out in zip(entries, is_held_out, strict=True) if not out]
+        held_out = [e for e, out in zip(entries, is_held_out, strict=True) if out]
+        # By bucket, so that devices that share them out have the same shapes at a time.
+        self.held_out = sorted(held_out, key=lambda e: (parse_bucket(e[0].bucket), e[0].id))
         self.order = TrainingOrder(
             [latent.id for latent, _ in self.entries],
             [parse_bucket(latent.bucket) for latent, _ in self.entries],
@@ -88,11 +100,17 @@ class LatentDataset(Dataset[Batch]):
         if self.process != os.getpid():
             self._reopen()
         micro_batch = self.order.micro_batch(position)
-        pairs = [self.entries[i] for i in micro_batch.samples]
+        return self._read([self.entries[i] for i in micro_batch.samples], position)
+
+    def held_out_sample(self, index: int) -> Batch:
+        """Number `index` of the held-out samples, a batch of one; it has no position."""
+        return self._read([self.held_out[index]], position=-1)
+
+    def _read(self, pairs: list[tuple[Entry, Entry]], position: int) -> Batch:
         embeds, mask = self.pad([self.text_cache.read(text) for _, text in pairs])
         return Batch(
             names=[latent.id for latent, _ in pairs],
-            bucket=micro_batch.bucket,
+            bucket=parse_bucket(pairs[0][0].bucket),
             latents=torch.stack([self.latent_cache.read(latent) for latent, _ in pairs]),
             caption_embeds=embeds,
             caption_mask=mask,

@@ -29,6 +29,24 @@ class MicroBatch:
     samples: tuple[int, ...]  # indices into the list of samples; fewer at a bucket's end
 
 
+def split_held_out(names: Sequence[str], num_held_out: int) -> list[bool]:
+    """Whether each sample is held out: those whose names hash lowest, whatever the seed.
+
+    More samples may take places of held-out ones, but one that was trained on never is held out.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if num_held_out >= len(names):
+        raise ValueError(
+            f"num_held_out_samples={num_held_out} leaves nothing to train on: there are only "
+            f"{len(names)} samples. Lower it."
+        )
+    keys = {name: (xxhash.xxh3_64_intdigest(f"held out\0{name}".encode()), name) for name in names}
+    chosen = set(sorted(keys, key=keys.__getitem__)[:num_held_out])
+    return [name in chosen for name in names]
+
+
 class TrainingOrder:
     """The order of samples with these names and buckets.
 
