@@ -14,7 +14,7 @@ B samples; T latent frames, h x w latents each; L text tokens, D the text encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,11 +45,11 @@ class Noised:
     keeps_caption: Tensor  # (B,) bool
 
     def to(self, device: torch.device) -> Noised:
-        """On this device; from pinned memory the host does not wait."""
+        """The same on `device`; the host does not wait."""
         return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Noised:
-        """What torch's loader calls."""
+        """What torch's loader calls where it pins."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Noised:
@@ -60,11 +60,6 @@ class Noised:
             num_cond_latents=self.num_cond_latents,
             keeps_caption=change(self.keeps_caption),
         )
-
-    def to(self, device: torch.device) -> Noised:
-        """The same on `device`; the host does not wait."""
-        names = ("hidden_states", "timestep", "target", "keeps_caption")
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
 @dataclass(frozen=True)
