@@ -6,10 +6,9 @@ draws; this one differs between two steps, or two runs, by the weights alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from longcat_video_fft.flow_matching import (
     NUM_TIMESTEPS,
@@ -19,6 +18,7 @@ from longcat_video_fft.flow_matching import (
     sample_losses,
     to_device,
 )
+from longcat_video_fft.loading import reshard
 from longcat_video_fft.parallel import all_sum
 
 if TYPE_CHECKING:
@@ -98,10 +98,3 @@ def prepare_fixed(batch: Batch, timestep: int, seed: int, device: torch.device) 
         num_cond_latents=0,
         keeps_caption=torch.ones(num_rows, dtype=torch.bool, device=device),
     )
-
-
-def reshard(module: Any) -> None:
-    """Frees whole weights that FSDP keeps after a forward for a backward, which does not come."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
