@@ -25,6 +25,10 @@ FOLDERS = tuple(
 )
 MAX_LINES = 400
 LONG_FILES: dict[str, str] = {}  # path: why it is longer
+ROOT_FILES = {
+    ".gitignore", ".pre-commit-config.yaml", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    "pyproject.toml", "requirements.lock",
+}  # fmt: skip
 MAX_BYTES = 600_000  # but tests/reference/*.safetensors
 LOCKED_EXTRAS = ("data", "demo", "eval", "obstore", "dev")
 # Comes with another dependency that pins what fits, so that a pin of ours could only disagree.
@@ -157,6 +161,10 @@ def test_lock_agrees_with_pins() -> None:
         assert versions, f"requirements.lock lacks {item}: run `make lock`"
         outside = {version for version in versions if version not in requirement.specifier}
         assert not outside, f"requirements.lock has {outside} for {item}: run `make lock`"
+
+
+def test_root_has_no_stray_files() -> None:
+    assert {path for path in CONTENTS if "/" not in path} == ROOT_FILES
 
 
 def test_file_sizes() -> None:
