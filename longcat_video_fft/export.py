@@ -1,0 +1,272 @@
+"""A trained transformer and the parts it came with -> a folder to generate from.
+
+    python -m longcat_video_fft.export --checkpoint OUT/checkpoint-2500 \
+        --config training_config.json --output DIR [--layout diffusers|official|both] [--ema]
+
+needs one process and no GPU. Training ends in the same folder, OUT itself:
+
+    model_index.json  pipeline.py        read by DiffusionPipeline.from_pretrained(OUT,
+    transformer/  (weights and code)         trust_remote_code=True, torch_dtype=torch.bfloat16)
+    vae/  text_encoder/  tokenizer/  scheduler/
+    dit/                                 the official layout: the same weights, linked
+
+Code ships in the export, since diffusers has no LongCat-Video. Next: generate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longcat_video_fft.config import TrainConfig, load_config
+from longcat_video_fft.precompute import start_logging
+
+if TYPE_CHECKING:
+    import torch
+
+    from longcat_video_fft.parallel import Engine
+
+logger = logging.getLogger("longcat_video_fft")
+
+LAYOUTS = ("both", "diffusers", "official")
+COMPANIONS = ("vae", "text_encoder", "tokenizer")
+MODULE = "longcat_video_transformer"  # of the code in transformer/
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="OUT/checkpoint-N, or latest")
+    parser.add_argument("--config", required=True, help="the training_config.json of the run")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--layout", choices=LAYOUTS, default="both")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    args, overrides = parser.parse_known_args(argv)
+    start_logging(is_main=True)
+    try:
+        config = load_config(["--config", args.config, *overrides])
+        export_checkpoint(
+            args.checkpoint, config, args.output, layout=args.layout, use_ema=args.ema
+        )
+    except (ValueError, OSError) as error:
+        logger.debug("where it happened", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    logger.info("exported to %s", args.output)
+    return 0
+
+
+def export_checkpoint(
+    checkpoint: str, config: TrainConfig, folder: Path, *, layout: str, use_ema: bool
+) -> None:
+    """Reads one checkpoint of a training, of whatever number of devices, into host memory as bf16
+    (27 GB for the released config), and writes the export.
+
+    Raises:
+        ValueError: no such checkpoint, another model's, one without averages, or no companions.
+    """
+    from longcat_video_fft.artifacts import resolve_artifact
+    from longcat_video_fft.checkpoint import find_checkpoint, load_model
+    from longcat_video_fft.train import build_transformer
+
+    source = find_checkpoint(checkpoint, Path(config.output_dir))
+    if source is None:
+        raise ValueError(f"checkpoint={checkpoint}: {config.output_dir} holds no finished one.")
+    companions = find_companions(config)
+    root = resolve_artifact(
+        config.model,
+        field="pretrained_model_name_or_path",
+        allow_patterns=("dit/config.json",),
+    )
+    model = build_transformer(root / "dit")
+    load_model(model, source, use_ema=use_ema)
+    logger.info("%s%s read", source, ", its averages" if use_ema else "")
+    write_export(model, config, folder, companions, layout=layout, is_main=True)
+
+
+def export_model(engine: Engine, config: TrainConfig, folder: Path, layout: str = "both") -> None:
+    """Writes the export of a model in training; all processes call it. The averaged weights are
+    taken where there are any."""
+    from longcat_video_fft.parallel import is_main_process
+
+    average = engine.ema.swapped(engine.module) if engine.ema else contextlib.nullcontext()
+    with average:
+        write_export(
+            engine.module,
+            config,
+            folder,
+            find_companions(config),
+            layout=layout,
+            is_main=is_main_process(),
+        )
+
+
+def find_companions(config: TrainConfig) -> Path:
+    """The model's folder, with all that an export takes from it.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    from longcat_video_fft.artifacts import resolve_artifact
+
+    root = resolve_artifact(
+        config.model,
+        field="pretrained_model_name_or_path",
+        allow_patterns=(*(f"{name}/*" for name in COMPANIONS), "scheduler/*"),
+    )
+    missing = [name for name in COMPANIONS if not (root / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"pretrained_model_name_or_path={config.model}: {root} has no {', '.join(missing)}. It "
+            f"must be laid out as the released LongCat-Video: {', '.join(COMPANIONS)}, dit."
+        )
+    return root
+
+
+def write_export(
+    module: Any,
+    config: TrainConfig,
+    folder: Path,
+    companions: Path,
+    *,
+    layout: str,
+    is_main: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """All processes call it, since they gather the weights together; the main one writes.
+
+    Each part appears whole or not at all, and model_index.json last.
+
+    Raises:
+        ValueError: the folder is the one of the model that was trained from, or the disk is full.
+    """
+    import torch
+
+    from longcat_video_fft.artifacts import check_free_disk
+    from longcat_video_fft.loading import save_transformer
+
+    wanted = {"diffusers": ["transformer"], "official": ["dit"], "both": ["transformer", "dit"]}
+    folders = [folder / name for name in wanted[layout]]
+    if folder.exists() and folder.samefile(companions):
+        raise ValueError(f"{folder}: holds the model that the training began from. Give another.")
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model_index.json").unlink(missing_ok=True)
+        if folder.stat().st_dev != companions.stat().st_dev:  # nothing can be linked
+            size = sum(p.stat().st_size for n in COMPANIONS for p in (companions / n).rglob("*"))
+            check_free_disk(folder, size, what="The export's VAE and text encoder")
+    save_transformer(module, folders[0], dtype=dtype or torch.bfloat16, is_main=is_main)
+    if not is_main:
+        return
+    for other in folders[1:]:
+        copy_folder(folders[0], other)
+    for name in COMPANIONS:
+        copy_folder(companions / name, folder / name)
+    write_scheduler(folder / "scheduler", companions / "scheduler", shift=config.flow_shift)
+    if layout != "official":
+        write_code(folder)
+        write_index(folder, config)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Links files where source and target share a disk, else copies them; whole or not at all."""
+    if target.exists() and target.samefile(source):
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link_or_copy)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    real = os.path.realpath(source)  # the hub's cache holds links
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copy2(real, target)
+
+
+def write_scheduler(folder: Path, source: Path, *, shift: float) -> None:
+    """The official scheduler, with the shift that the training's timesteps had."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler as Scheduler,
+    )
+
+    options: Any = Scheduler.load_config(source) if source.is_dir() else {}
+    scheduler: Any = Scheduler.from_config(options, shift=shift)
+    scheduler.save_pretrained(folder)
+
+
+def write_code(folder: Path) -> None:
+    """pipeline.py, and the transformer's code in one file, as diffusers wants it: of a component's
+    folder it copies one module from disk and fetches one from the hub."""
+    here = Path(__file__).parent
+    shutil.copyfile(here / "pipeline.py", folder / "pipeline.py")
+    code = join_modules(here / "transformer.py", [here / "attention.py"])
+    (folder / "transformer" / f"{MODULE}.py").write_text(code, encoding="utf-8")
+
+
+def join_modules(module: Path, used: list[Path]) -> str:
+    """The source of a module with those that it imports from this folder put in its place.
+
+    Raises:
+        ValueError: it imports another module of this folder.
+    """
+    import ast
+
+    package = __name__.partition(".")[0]
+    names = {f"{package}.{path.stem}" for path in used}
+    bodies = []
+    for path in [*used, module]:
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        tree = ast.parse(source)
+        for node in tree.body:
+            is_import = isinstance(node, ast.ImportFrom)
+            if is_import and node.module in {*names, "__future__"}:  # pyright: ignore
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (
+                    (node.end_lineno or node.lineno) - node.lineno + 1
+                )
+        bodies.append("\n".join(lines).strip())
+        left = [n for n in ast.walk(ast.parse(bodies[-1])) if isinstance(n, ast.ImportFrom)]
+        others = [n.module for n in left if n.module and n.module.partition(".")[0] == package]
+        if others:
+            raise ValueError(f"{path}: imports {others[0]}, which does not ship with an export.")
+    return "from __future__ import annotations\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def write_index(folder: Path, config: TrainConfig) -> None:
+    """model_index.json: which class of which library each part is."""
+    import transformers
+    from diffusers import __version__ as diffusers_version
+    from transformers import AutoTokenizer
+
+    tokenizer = type(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+    name = tokenizer.__name__
+    index = {
+        "_class_name": ["pipeline", "LongCatVideoPipeline"],
+        "_diffusers_version": diffusers_version,
+        "max_sequence_length": config.max_text_tokens,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": [
+            "transformers",
+            name if hasattr(transformers, name) else "PreTrainedTokenizerFast",
+        ],
+        "transformer": [MODULE, "LongCatVideoTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    partial = folder / "model_index.json.partial"
+    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "model_index.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
