@@ -48,7 +48,7 @@ class TrainConfig:
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 4
     gradient_checkpointing: bool = True
-    gradient_checkpointing_mode: str = "selective"  # keeps attention outputs; "full" keeps nothing
+    gradient_checkpointing_mode: str = "selective"  # or "selective_ffn", "full"
     uncheckpointed_blocks: int = 0
     activation_offload: bool = False
     transformer_init: str = "pretrained"

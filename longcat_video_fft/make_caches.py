@@ -17,7 +17,13 @@ from tqdm import tqdm
 
 from longcat_video_fft.artifacts import check_free_disk, resolve_artifact
 from longcat_video_fft.cache import ShardWriter, open_folder
-from longcat_video_fft.cache_state import Missing, find_missing, permanent, report_result
+from longcat_video_fft.cache_state import (
+    Missing,
+    find_missing,
+    is_complete,
+    permanent,
+    report_result,
+)
 from longcat_video_fft.encoding import (
     Failures,
     VideoStage,
@@ -86,6 +92,38 @@ def make_caches(
             report_result(data)
 
 
+def ensure_caches(config: TrainConfig, data: DataConfig, processes: Processes) -> None:
+    """What the training calls: makes what is missing; every process calls it.
+
+    All do what rank 0 finds, so that none waits for work that others do not see.
+
+    Raises:
+        ValueError: as `make_caches`, or the caches were made by another encoder or another rule.
+    """
+
+    def look() -> None:
+        if is_complete(data):
+            check_identity(config, data, find_models(config))
+        else:
+            logger.info("the caches are not complete: they are made first (phase 1)")
+            processes.add("caches incomplete", 1)
+
+    if data.videos.cache_dir_vae.startswith("s3://"):
+        return  # made elsewhere and copied there; the data set checks what it reads
+    processes.main_first("caches", look)
+    if processes.add("caches incomplete", 0):
+        make_caches(config, data, processes)
+
+
+def check_identity(config: TrainConfig, data: DataConfig, models: Models) -> None:
+    """Raises ValueError when a cache was made otherwise than this run would make it."""
+
+    latents = describe_latents(models.vae, data.rule, vae_dtype=config.vae_dtype)
+    text = describe_text(models.text_encoder, models.tokenizer, max_tokens=MAX_TOKENS)
+    check_manifest(data.latent_cache, latents)
+    check_manifest(data.text_cache, text)
+
+
 def find_models(config: TrainConfig) -> Models:
     """Raises ValueError or FileNotFoundError when the model or one of its parts is not there."""
 
@@ -126,10 +164,7 @@ def plan(
     """Rank 0's part: looks at storage, caches and disk, and says what will be done."""
 
     logger.info("hashing %s", models.vae.parent)
-    latents = describe_latents(models.vae, data.rule, vae_dtype=config.vae_dtype)
-    text = describe_text(models.text_encoder, models.tokenizer, max_tokens=MAX_TOKENS)
-    check_manifest(data.latent_cache, latents)
-    check_manifest(data.text_cache, text)
+    check_identity(config, data, models)
     tokenizer = load_tokenizer(models.tokenizer)
     found = survey(find_rows(data, open_videos(data)), data, tokenizer)
     dim = json.loads((models.text_encoder / "config.json").read_text("utf-8"))["d_model"]

@@ -366,7 +366,8 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, T, S, ph*pw*c) -> (B, c, T, h, w)."""
-        _, rows, columns = grid
-        x = x.unflatten(3, (*self.patch, -1)).unflatten(2, (rows, columns))
+        frames, rows, columns = grid
+        ph, pw = self.patch
+        x = x.unflatten(3, (ph, pw, -1)).unflatten(2, (rows, columns))
         x = x.permute(0, 6, 1, 2, 4, 3, 5)  # (B, c, T, rows, ph, columns, pw)
-        return x.flatten(5).flatten(3, 4)
+        return x.reshape(len(x), -1, frames, rows * ph, columns * pw)

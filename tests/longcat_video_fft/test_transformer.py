@@ -85,7 +85,7 @@ def count_calls(model: LongCatVideoTransformer3DModel, mode: str | None) -> tupl
     calls = {"attention": 0, "ffn": 0}
 
     class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "scaled_dot_product" in func.name() and "backward" not in func.name():
                 calls["attention"] += args[0].shape[2] == args[1].shape[2]
             inner = model.blocks[0].ffn.w2.in_features  # pyright: ignore

@@ -1,0 +1,120 @@
+"""Speed and memory of the training at the released config, on the GPUs at hand.
+
+    python -m tests.longcat_video_fft.measure_training --depth 4 --steps 4 [--key value ...]
+    torchrun --nproc_per_node 2 -m tests.longcat_video_fft.measure_training --steps 20
+
+Random weights, one random sample repeated, through the engine and `train_step` of the training.
+Options of training_config.json go through as `--key value`. One line of JSON a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longcat_video_fft.buckets import Bucket
+from longcat_video_fft.config import TYPES, TrainConfig, check_values, parse_text, parse_words
+from longcat_video_fft.dataset import Batch
+from longcat_video_fft.flops import forward_flops
+from longcat_video_fft.flow_matching import prepare
+from longcat_video_fft.loading import load_weights
+from longcat_video_fft.optimizer import set_lr
+from longcat_video_fft.parallel import Engine, init_processes, is_main_process
+from longcat_video_fft.training_loop import train_step
+from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+
+PEAK = 989e12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--depth", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=93)
+    parser.add_argument("--profile", default=None, help="write a table of kernels here")
+    args, rest = parser.parse_known_args()
+    given = {key: parse_text(key, text) for key, text in parse_words(rest).items()}
+    options = check_values(given, TYPES, "the command line")
+    config = TrainConfig(
+        **{"gradient_accumulation_steps": 1, "transformer_init": "random", **options}
+    )
+    device = init_processes()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model: Any = LongCatVideoTransformer3DModel(depth=args.depth, text_tokens_zero_pad=True)
+    started = time.perf_counter()
+    engine = Engine(
+        model, config, device,
+        fill=lambda m: load_weights(m, None, seed=0, init="random"),
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    result: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(), "gpus": dist.get_world_size(), "depth": args.depth,
+        "options": options, "init_s": round(time.perf_counter() - started, 1),
+        "state_gib": round(torch.cuda.memory_allocated() / 2**30, 2),
+    }  # fmt: skip
+    measure(engine, config, args, result)
+    if is_main_process():
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, Any]) -> None:
+    batch = make_batch(args.frames, position=engine.dp_rank)
+    empty = (batch.caption_embeds[:1] * 0, batch.caption_mask[:1])
+    flops = 3 * forward_flops(
+        engine.module.config,
+        frames_latent=batch.latents.shape[2],
+        height_latent=60,
+        width_latent=104,
+    )
+    losses, seconds = [], []
+    for step in range(args.steps):
+        set_lr(engine.optimizer, min(1.0, (step + 1) / 5))
+        noised = prepare(batch, config, torch.device("cpu"))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        sums = train_step(engine, [(batch, noised)], empty, global_step=step)
+        torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - started, 3))
+        losses.append(round(sums[0].item() / sums[1].item(), 4))
+    step_s = sorted(seconds[1:])[len(seconds[1:]) // 2]
+    result |= {
+        "step_s": step_s, "all_step_s": seconds, "loss": losses,
+        "mfu": round(flops / config.context_parallel_size / step_s / PEAK, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "grad_norm": engine.grad_norm,
+    }  # fmt: skip
+    if args.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            train_step(engine, [(batch, noised)], empty, global_step=0)
+            torch.cuda.synchronize()
+        table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40)
+        Path(args.profile).write_text(table, encoding="utf-8")
+
+
+def make_batch(frames: int, *, position: int) -> Batch:
+    """One random sample of 480x832."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, 16, (frames - 1) // 4 + 1, 60, 104)
+    return Batch(
+        names=["sample"],
+        bucket=Bucket(frames, 480, 832),
+        latents=torch.randn(shape, generator=generator).bfloat16(),
+        caption_embeds=torch.randn(1, 512, 4096, generator=generator).bfloat16(),
+        caption_mask=torch.arange(512)[None] < 150,
+        position=position,
+    )
+
+
+if __name__ == "__main__":
+    main()
