@@ -71,7 +71,7 @@ SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in get_type_hints(V
 
 @dataclass(frozen=True)
 class Pair:
-    """A video, its caption's file where there is one, and the video that it collides with."""
+    """A video, its caption's file where there is one, and the video that has its name."""
 
     key: str
     size: int
@@ -81,7 +81,10 @@ class Pair:
 
 
 def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
-    """Videos in the order of their keys, each with the .txt of the same name."""
+    """Videos in the order of their keys, each with the .txt of the same name.
+
+    Of several with one name, the first by ending (`VIDEO_ENDINGS`, then others) is the one to take.
+    """
     videos: dict[str, int] = {}
     captions: dict[str, tuple[str, int]] = {}
     for item in objects:
@@ -90,18 +93,25 @@ def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
             captions[stem] = (item.key, item.size)
         elif ending.lower() in VIDEO_ENDINGS + OTHER_VIDEO_ENDINGS:
             videos[item.key] = item.size
+    taken: dict[str, str] = {}
+    for key in sorted(videos, key=_preference):
+        taken.setdefault(os.path.splitext(key)[0], key)  # noqa: PTH122
     pairs: list[Pair] = []
-    first: dict[str, str] = {}
     for key in sorted(videos):
         stem = os.path.splitext(key)[0]  # noqa: PTH122
         caption_key, caption_size = captions.get(stem, (None, -1))
-        same_name = first.setdefault(stem, key)
-        clash = same_name if same_name != key else None
-        pairs.append(Pair(key, videos[key], caption_key, caption_size, clash))
-    unused = captions.keys() - first.keys()
+        same_name = taken[stem] if taken[stem] != key else None
+        pairs.append(Pair(key, videos[key], caption_key, caption_size, same_name))
+    unused = captions.keys() - taken.keys()
     if unused:
         logger.warning("%d captions have no video, first %s", len(unused), captions[min(unused)][0])
     return pairs
+
+
+def _preference(key: str) -> tuple[int, str]:
+    ending = os.path.splitext(key)[1].lower()  # noqa: PTH122
+    is_known = ending in VIDEO_ENDINGS
+    return (VIDEO_ENDINGS.index(ending) if is_known else len(VIDEO_ENDINGS), key)
 
 
 def build_table(
@@ -151,7 +161,7 @@ def probe(storage: Storage, pair: Pair, *, reads_captions: bool = True) -> Video
     try:
         if pair.same_name:
             raise BadVideoError(
-                f"has the name of {pair.same_name}, and one caption cannot tell of both",
+                f"has the name of {pair.same_name}, which is taken; one caption is for one video",
                 "same_name",
             )
         if PurePosixPath(pair.key).suffix.lower() not in VIDEO_ENDINGS:

@@ -84,8 +84,8 @@ def test_pairs(caplog: pytest.LogCaptureFixture) -> None:
     pairs = pair_files(StoredObject(key, size) for key, size in sizes.items())
     assert [tuple(getattr(pair, name) for name in FIELDS) for pair in pairs] == [
         ("a.mp4", "a.txt", 1, None),
-        ("clash.mov", "clash.txt", 4, None),
-        ("clash.mp4", "clash.txt", 4, "clash.mov"),
+        ("clash.mov", "clash.txt", 4, "clash.mp4"),
+        ("clash.mp4", "clash.txt", 4, None),
         ("sub/a.mp4", "sub/a.txt", 2, None),
         ("sub/deep/b.MP4", "sub/deep/b.TXT", 3, None),
         ("v.1.m4v", None, -1, None),
@@ -93,6 +93,16 @@ def test_pairs(caplog: pytest.LogCaptureFixture) -> None:
     ]
     assert all(pair.size == sizes[pair.key] for pair in pairs)
     assert "2 captions have no video, first alone.txt" in caplog.text
+
+
+def test_which_of_one_name_is_taken() -> None:
+    """By ending, as mp4, m4v, mov, others; by key where only letters' case differs."""
+    keys = ["x.avi", "x.mp4", "y.mov", "y.M4V", "z.webm", "z.avi", "z.mov", "w.mp4", "w.MP4"]
+    pairs = pair_files(StoredObject(key, 1) for key in keys)
+    assert {pair.key: pair.same_name for pair in pairs} == {
+        "w.MP4": None, "w.mp4": "w.MP4", "x.avi": "x.mp4", "x.mp4": None, "y.M4V": None,
+        "y.mov": "y.M4V", "z.avi": "z.mov", "z.mov": None, "z.webm": "z.mov",
+    }  # fmt: skip
 
 
 def test_errors(tmp_path: Path) -> None:
@@ -113,8 +123,9 @@ def test_errors(tmp_path: Path) -> None:
         "other.mkv": (good, b"c", "not_mp4"),
         "codec.mp4": (good.replace(b"avc1", b"zzz9"), b"c", "codec"),
         "sound.mp4": (good.replace(b"vide", b"soun"), b"c", "no_video"),
-        "twice.mov": (good, b"c", ""),
-        "twice.mp4": (good, b"c", "same_name"),
+        "twice.avi": (good, b"c", "same_name"),
+        "twice.mov": (good, b"c", "same_name"),
+        "twice.mp4": (good, b"c", ""),
     }
     for key, (content, caption, _) in films.items():
         put(tmp_path / "films", key, content, caption)
@@ -128,6 +139,7 @@ def test_errors(tmp_path: Path) -> None:
         assert row["size"] == len(films[row["filename"]][0])
     assert rows["good.mp4"]["caption"] == "  one\ntwo\r\n\nthree "
     assert rows["bom.mp4"]["caption"] == "marked"
+    assert rows["twice.avi"]["message"].startswith("has the name of twice.mp4, which is taken")
     assert list(rows) == sorted(films)
 
 
