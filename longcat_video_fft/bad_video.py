@@ -5,6 +5,7 @@ from __future__ import annotations
 REASONS: dict[str, str] = {
     "missing_caption": "no .txt of the same name, or an empty one",
     "bad_caption": "caption not UTF-8, or over 64 KiB",
+    "bad_name": "name of the file or of a folder not UTF-8",
     "same_name": "shares its name, and so its caption, with another video",
     "empty": "zero bytes",
     "truncated": "cut off: its boxes end beyond the file",

@@ -78,6 +78,7 @@ class Pair:
     caption_key: str | None
     caption_size: int
     same_name: str | None
+    has_bad_name: bool = False  # not UTF-8, and escaped in `key`
 
 
 def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
@@ -87,12 +88,16 @@ def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
     """
     videos: dict[str, int] = {}
     captions: dict[str, tuple[str, int]] = {}
+    badly_named: set[str] = set()
     for item in objects:
-        stem, ending = os.path.splitext(item.key)  # noqa: PTH122 - a key, not a path
+        key = escape(item.key)
+        stem, ending = os.path.splitext(key)  # noqa: PTH122 - a key, not a path
         if ending.lower() == CAPTION_ENDING:
-            captions[stem] = (item.key, item.size)
+            captions[stem] = (key, item.size)
         elif ending.lower() in VIDEO_ENDINGS + OTHER_VIDEO_ENDINGS:
-            videos[item.key] = item.size
+            videos[key] = item.size
+            if key != item.key:
+                badly_named.add(key)
     taken: dict[str, str] = {}
     for key in sorted(videos, key=_preference):
         taken.setdefault(os.path.splitext(key)[0], key)  # noqa: PTH122
@@ -101,11 +106,17 @@ def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
         stem = os.path.splitext(key)[0]  # noqa: PTH122
         caption_key, caption_size = captions.get(stem, (None, -1))
         same_name = taken[stem] if taken[stem] != key else None
-        pairs.append(Pair(key, videos[key], caption_key, caption_size, same_name))
+        has_bad_name = key in badly_named
+        pairs.append(Pair(key, videos[key], caption_key, caption_size, same_name, has_bad_name))
     unused = captions.keys() - taken.keys()
     if unused:
         logger.warning("%d captions have no video, first %s", len(unused), captions[min(unused)][0])
     return pairs
+
+
+def escape(key: str) -> str:
+    """The key with what is not UTF-8 in a file's name as \\x and its number: tables hold UTF-8."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _preference(key: str) -> tuple[int, str]:
@@ -159,6 +170,8 @@ def probe(storage: Storage, pair: Pair, *, reads_captions: bool = True) -> Video
     caption_size = pair.caption_size if reads_captions else CAPTION_NOT_READ
     row = VideoRow(filename=pair.key, size=pair.size, caption_size=caption_size)
     try:
+        if pair.has_bad_name:
+            raise BadVideoError("its name, or a folder's, is not UTF-8; rename it", "bad_name")
         if pair.same_name:
             raise BadVideoError(
                 f"has the name of {pair.same_name}, which is taken; one caption is for one video",

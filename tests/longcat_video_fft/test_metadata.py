@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import logging
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -141,6 +143,33 @@ def test_errors(tmp_path: Path) -> None:
     assert rows["bom.mp4"]["caption"] == "marked"
     assert rows["twice.avi"]["message"].startswith("has the name of twice.mp4, which is taken")
     assert list(rows) == sorted(films)
+
+
+def test_names_that_are_not_utf8(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Told by their escaped names; the run goes on, and the next one has nothing to do."""
+    for name in (b"caf\xe9.mp4", b"sub0/\xff\xfe/7.mov", b"sub1/alone\xe9.avi"):
+        put(folder, os.fsdecode(name), video(), None if b"alone" in name else b"clip")
+    (folder / os.fsdecode(b"unused\xe9.txt")).write_bytes(b"words")
+    storage = CountingStorage(folder)
+    rows = rows_of(build_table(storage, tmp_path / "t.parquet"))
+    assert {key: row["error"] for key, row in rows.items() if row["error"]} == {
+        r"caf\xe9.mp4": "bad_name", r"sub0/\xff\xfe/7.mov": "bad_name",
+        r"sub1/alone\xe9.avi": "bad_name",
+    }  # fmt: skip
+    assert rows[r"caf\xe9.mp4"]["message"] == "its name, or a folder's, is not UTF-8; rename it"
+    assert len(rows) == 8
+    assert r"first unused\xe9.txt" in caplog.text
+    storage.looked_at.clear()
+    caplog.set_level(logging.INFO)
+    build_table(storage, tmp_path / "t.parquet")
+    assert "8 videos, 0 to look at" in caplog.text
+    (folder / os.fsdecode(b"caf\xe9.mp4")).rename(folder / "caf\u00e9.mp4")
+    (folder / os.fsdecode(b"caf\xe9.txt")).rename(folder / "caf\u00e9.txt")
+    rows = rows_of(build_table(storage, tmp_path / "t.parquet"))
+    assert storage.looked_at == ["caf\u00e9.mp4"]
+    assert (rows["caf\u00e9.mp4"]["error"], r"caf\xe9.mp4" in rows) == ("", False)
 
 
 def test_reasons_are_known() -> None:
