@@ -240,7 +240,9 @@ def read_rows(path: Path, columns: ParquetOptions) -> Iterator[VideoRow]:
         columns.height_column: "height",
         columns.caption_column: "caption",
     }
-    lacking = [name for name in renamed if name not in schema.names]
+    fallback = columns.fallback_caption_column
+    extra = [fallback] if fallback else []
+    lacking = [name for name in (*renamed, *extra) if name not in schema.names]
     if lacking:
         raise ValueError(
             f"{path}: no column {', '.join(lacking)}; it has {', '.join(schema.names)}. Name them "
@@ -248,8 +250,6 @@ def read_rows(path: Path, columns: ParquetOptions) -> Iterator[VideoRow]:
         )
     renamed |= {name: name for name in SCHEMA.names if name not in renamed.values()}
     wanted = [name for name in renamed if name in schema.names]
-    fallback = columns.fallback_caption_column
-    extra = [fallback] if fallback and fallback in schema.names else []
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=wanted + extra):
             for raw in batch.to_pylist():

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from longcat_video_fft.bad_video import REASONS
 from longcat_video_fft.buckets import BF16_BYTES, Bucket, parse_bucket
 from longcat_video_fft.captions import EMPTY_CAPTION, caption_id, clean_caption
+from longcat_video_fft.data_config import ParquetOptions
 from longcat_video_fft.metadata import (
     VideoRow,
     build_table,
@@ -116,7 +117,7 @@ def find_rows(data: DataConfig, storage: Storage) -> Iterator[VideoRow]:
         )
     else:
         build_table(storage, table, reads_captions=videos.caption_strategy == "textfile")
-    yield from read_rows(table, data.parquet)
+    yield from read_rows(table, ParquetOptions())  # ours, whatever a user's table would have
 
 
 def _compare(rows: Iterator[VideoRow], storage: Storage) -> Iterator[VideoRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import struct
@@ -16,9 +17,10 @@ import pytest
 
 from longcat_video_fft import metadata
 from longcat_video_fft.bad_video import REASONS
-from longcat_video_fft.data_config import ParquetOptions
+from longcat_video_fft.data_config import ParquetOptions, load_data_config
 from longcat_video_fft.metadata import VideoRow, build_table, pair_files, read_rows
 from longcat_video_fft.storage import LocalStorage, StorageError, StoredObject
+from longcat_video_fft.survey import find_rows
 from tests.longcat_video_fft import mp4_samples
 
 if TYPE_CHECKING:
@@ -328,8 +330,24 @@ def test_user_table(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"no column width, height; it has id, long, w, h"):
         next(read_rows(path, ParquetOptions(filename_column="id", caption_column="long")))
+    with pytest.raises(ValueError, match=r"user\.parquet: no column shorter; it has id, long, w"):
+        next(read_rows(path, ParquetOptions(**named, fallback_caption_column="shorter")))
     pq.write_table(pa.table(columns | {"id": ["a", None, "c", "d"]}), path)
     with pytest.raises(ValueError, match=r"user\.parquet: a row has no id"):
         list(read_rows(path, plain))
     with pytest.raises(ValueError, match=r"none\.parquet: no such table"):
         next(read_rows(tmp_path / "none.parquet", plain))
+
+
+def test_our_own_table_is_read_by_our_own_columns(folder: Path, tmp_path: Path) -> None:
+    """Without metadata_backend "parquet" the names of a user's columns mean nothing."""
+    parquet = {"filename_column": "id", "fallback_caption_column": "short"}
+    videos = {
+        "dataset_type": "video", "instance_data_dir": str(folder), "cache_dir_vae": "vae",
+        "parquet": parquet,
+    }  # fmt: skip
+    path = tmp_path / "databackend.json"
+    path.write_text(json.dumps([videos, {"dataset_type": "text_embeds", "cache_dir": "text"}]))
+    data = load_data_config(path)
+    data.latent_cache.mkdir()
+    assert len([row for row in find_rows(data, LocalStorage(folder)) if not row.error]) == 5
