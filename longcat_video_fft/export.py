@@ -71,23 +71,37 @@ def export_checkpoint(
     Raises:
         ValueError: no such checkpoint, another model's, one without averages, or no companions.
     """
-    from longcat_video_fft.artifacts import resolve_artifact
-    from longcat_video_fft.checkpoint import find_checkpoint, load_model
-    from longcat_video_fft.train import build_transformer
+    from longcat_video_fft.checkpoint import find_checkpoint
 
     source = find_checkpoint(checkpoint, Path(config.output_dir))
     if source is None:
         raise ValueError(f"checkpoint={checkpoint}: {config.output_dir} holds no finished one.")
-    companions = find_companions(config)
-    root = resolve_artifact(
-        config.model,
-        field="pretrained_model_name_or_path",
-        allow_patterns=("dit/config.json",),
-    )
-    model = build_transformer(root / "dit")
-    load_model(model, source, use_ema=use_ema)
-    logger.info("%s%s read", source, ", its averages" if use_ema else "")
+    companions = find_companions(config, folder)
+    model = read_checkpoint(source, use_ema=use_ema)
+    logger.info("read %s%s", source, ", the averaged weights" if use_ema else "")
     write_export(model, config, folder, companions, layout=layout, is_main=True)
+
+
+def read_checkpoint(source: Path, *, use_ema: bool) -> Any:
+    """The transformer of a checkpoint in host memory, in bf16, by this process alone."""
+    import torch
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from longcat_video_fft.checkpoint import read_trainer_state
+    from longcat_video_fft.loading import verify_loaded
+    from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+
+    identity = read_trainer_state(source)["identity"]
+    if use_ema and identity["ema_decay"] is None:
+        raise ValueError(f"{source}: holds no averaged weights (ema_decay was null). Omit --ema.")
+    with torch.device("meta"):
+        model: Any = LongCatVideoTransformer3DModel.from_config(identity["transformer"])
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    state = {"ema": {"averages": params}} if use_ema else {"model": params}
+    load(state, checkpoint_id=source / "state", no_dist=True)  # in place, whatever the dtype there
+    verify_loaded(model)
+    return model
 
 
 def export_model(engine: Engine, config: TrainConfig, folder: Path, layout: str = "both") -> None:
@@ -101,17 +115,17 @@ def export_model(engine: Engine, config: TrainConfig, folder: Path, layout: str 
             engine.module,
             config,
             folder,
-            find_companions(config),
+            find_companions(config, folder),
             layout=layout,
             is_main=is_main_process(),
         )
 
 
-def find_companions(config: TrainConfig) -> Path:
-    """The model's folder, with all that an export takes from it.
+def find_companions(config: TrainConfig, folder: Path) -> Path:
+    """The folder of the model that is trained, with all that an export to `folder` takes from it.
 
     Raises:
-        ValueError: a part is missing.
+        ValueError: a part is missing, or the export would overwrite that model.
     """
     from longcat_video_fft.artifacts import resolve_artifact
 
@@ -126,6 +140,8 @@ def find_companions(config: TrainConfig) -> Path:
             f"pretrained_model_name_or_path={config.model}: {root} has no {', '.join(missing)}. It "
             f"must be laid out as the released LongCat-Video: {', '.join(COMPANIONS)}, dit."
         )
+    if folder.exists() and folder.samefile(root):
+        raise ValueError(f"{folder}: holds the model that the training begins from; give another.")
     return root
 
 
@@ -144,7 +160,7 @@ def write_export(
     Each part appears whole or not at all, and model_index.json last.
 
     Raises:
-        ValueError: the folder is the one of the model that was trained from, or the disk is full.
+        ValueError: the disk is full.
     """
     import torch
 
@@ -153,8 +169,6 @@ def write_export(
 
     wanted = {"diffusers": ["transformer"], "official": ["dit"], "both": ["transformer", "dit"]}
     folders = [folder / name for name in wanted[layout]]
-    if folder.exists() and folder.samefile(companions):
-        raise ValueError(f"{folder}: holds the model that the training began from. Give another.")
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").unlink(missing_ok=True)

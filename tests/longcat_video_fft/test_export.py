@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from longcat_video_fft import export, generate
+from longcat_video_fft.checkpoint import Checkpointer
 from longcat_video_fft.config import TrainConfig
 from longcat_video_fft.generate import load_pipeline
-from longcat_video_fft.loading import save_transformer
+from longcat_video_fft.loading import load_weights, save_transformer
+from longcat_video_fft.parallel import Engine, local
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.video_file import read_frames, video_shape, write_mp4
+from tests.longcat_video_fft.spawn import spawn
 from tests.longcat_video_fft.tiny import make_model
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TOKENS = 16
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 WORDS = ["--prompt", "a cat", "--height", "32", "--width", "48", "--num-frames", "5",
          "--num-inference-steps", "2"]  # fmt: skip
 # The README's snippet, with a tiny model's numbers.
@@ -69,8 +73,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_config(base: Path, **values: Any) -> TrainConfig:
     return TrainConfig(
-        pretrained_model_name_or_path=str(base), max_text_tokens=TOKENS, flow_shift=7.0, **values
-    )
+        pretrained_model_name_or_path=str(base), max_text_tokens=TOKENS, flow_shift=7.0,
+        **{"mixed_precision": "no", **values},
+    )  # fmt: skip
 
 
 def write(base: Path, folder: Path, *, layout: str = "both", **values: Any) -> Any:
@@ -124,7 +129,7 @@ def test_snippet_runs_without_this_package_and_gives_the_same_video(
 
 def test_released_precision_loads_alone(base: Path, tmp_path: Path) -> None:
     module = write(base, tmp_path / "out", layout="diffusers", dtype=None)
-    stored = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    stored = load_file(tmp_path / "out" / "transformer" / WEIGHTS)
     assert stored.keys() == module.state_dict().keys()
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
     assert not (tmp_path / "out" / "dit").exists()
@@ -139,9 +144,8 @@ def test_diffusers_asks_before_it_trusts_the_code(exported: Path) -> None:
 
 
 def test_files_are_linked_not_copied(base: Path, exported: Path) -> None:
-    name = "diffusion_pytorch_model.safetensors"
-    assert (exported / "dit" / name).samefile(exported / "transformer" / name)
-    assert (exported / "vae" / name).samefile(base / "vae" / name)
+    assert (exported / "dit" / WEIGHTS).samefile(exported / "transformer" / WEIGHTS)
+    assert (exported / "vae" / WEIGHTS).samefile(base / "vae" / WEIGHTS)
     assert not list(exported.rglob("*.partial"))
     assert not list((exported / "dit").glob("*.py"))
 
@@ -151,19 +155,19 @@ def test_export_again_replaces_everything_and_spares_what_was_linked(
 ) -> None:
     out = tmp_path / "out"
     write(base, out)
-    first = (out / "dit" / "diffusion_pytorch_model.safetensors").read_bytes()
-    vae = (base / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    first = (out / "dit" / WEIGHTS).read_bytes()
+    vae = (base / "vae" / WEIGHTS).read_bytes()
     export.write_export(
         make_transformer(5), make_config(base), out, base, layout="both", is_main=True
     )
-    again = (out / "dit" / "diffusion_pytorch_model.safetensors").read_bytes()
+    again = (out / "dit" / WEIGHTS).read_bytes()
     assert again != first
-    assert again == (out / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert (base / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
+    assert again == (out / "transformer" / WEIGHTS).read_bytes()
+    assert (base / "vae" / WEIGHTS).read_bytes() == vae
 
 
 def test_an_export_is_a_model_to_train_or_export_from(exported: Path, tmp_path: Path) -> None:
-    assert export.find_companions(make_config(exported)) == exported
+    assert export.find_companions(make_config(exported), tmp_path) == exported
     write(exported, tmp_path / "next", layout="official")
     made = {path.name for path in (tmp_path / "next").iterdir()}
     assert made == {"dit", "vae", "text_encoder", "tokenizer", "scheduler"}
@@ -177,9 +181,8 @@ def test_a_copy_is_made_where_links_cannot_be(
 
     monkeypatch.setattr(os, "link", refuse)
     export.copy_folder(base / "vae", tmp_path / "vae")
-    name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "vae" / name).read_bytes() == (base / "vae" / name).read_bytes()
-    assert not (tmp_path / "vae" / name).samefile(base / "vae" / name)
+    assert (tmp_path / "vae" / WEIGHTS).read_bytes() == (base / "vae" / WEIGHTS).read_bytes()
+    assert not (tmp_path / "vae" / WEIGHTS).samefile(base / "vae" / WEIGHTS)
 
 
 def test_a_link_of_the_hub_s_cache_becomes_its_file(base: Path, tmp_path: Path) -> None:
@@ -191,14 +194,14 @@ def test_a_link_of_the_hub_s_cache_becomes_its_file(base: Path, tmp_path: Path) 
 
 
 def test_model_is_not_written_over_what_it_began_from(base: Path) -> None:
-    with pytest.raises(ValueError, match="holds the model that the training began from"):
-        write(base, base)
+    with pytest.raises(ValueError, match="holds the model that the training begins from"):
+        export.find_companions(make_config(base), base)
 
 
 def test_missing_companion_is_named(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError, match="has no text_encoder, tokenizer"):
-        export.find_companions(make_config(tmp_path))
+        export.find_companions(make_config(tmp_path), tmp_path / "out")
 
 
 def test_code_that_needs_another_module_is_not_exported(tmp_path: Path) -> None:
@@ -231,6 +234,50 @@ def test_generate_from_an_image_and_a_video(exported: Path, tmp_path: Path) -> N
     video = ["--video", str(tmp_path / "red.mp4"), "--num-cond-frames", "5", "--num-frames", "9"]
     assert generate.main([*out, *video]) == 0
     assert read_frames(tmp_path / "out.mp4", (32, 48)).shape == (9, 32, 48, 3)
+
+
+def train_and_save(base: str, out: str) -> None:
+    """A sharded model with averages of its own: a checkpoint, and OUT as training leaves it."""
+    config = make_config(Path(base), output_dir=out, optimizer="adamw", ema_decay=0.9)
+    with torch.device("meta"):
+        model = make_transformer()
+    fill = partial(load_weights, folder=Path(base) / "dit", seed=0)
+    engine = Engine(model, config, torch.device("cpu"), fill=fill)
+    assert engine.ema is not None
+    for average in engine.ema.averages.values():
+        local(average).mul_(0.5)
+    checkpointer = Checkpointer(engine, Path(out), keep_last=2, identity=dict(model.config))
+    checkpointer.save(3)
+    checkpointer.wait()
+    export.export_model(engine, config, Path(out))
+
+
+@pytest.mark.dist
+def test_export_of_two_devices_and_of_their_checkpoint(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    spawn(train_and_save, str(base), str(out))
+    own = load_file(base / "dit" / WEIGHTS)
+    (tmp_path / "databackend.json").write_text("[]")
+    options = {
+        "pretrained_model_name_or_path": str(base), "output_dir": str(out),
+        "data_backend_config": str(tmp_path / "databackend.json"),
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    words = ["--config", str(tmp_path / "config.json"), "--checkpoint"]
+    for number, flags in enumerate(([], ["--ema"])):
+        made = tmp_path / f"made{number}"
+        assert export.main([*words, "latest", "--output", str(made), *flags]) == 0
+        scale = 0.5 if flags else 1.0
+        for name, value in load_file(made / "transformer" / WEIGHTS).items():
+            assert torch.equal(value, (own[name] * scale).bfloat16()), name
+    averages = (tmp_path / "made1" / "transformer" / WEIGHTS).read_bytes()
+    assert (out / "transformer" / WEIGHTS).read_bytes() == averages  # training's end takes them
+    assert load_pipeline(out).scheduler.config.shift == 7
+    assert export.main([*words, "nowhere/checkpoint-1", "--output", str(tmp_path / "no")]) == 1
+    assert "not a finished checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
