@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from longcat_video_fft.config import TrainConfig
 
 BLOCK_CLASS = "LongCatSingleStreamBlock"
@@ -54,7 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
     "optimizer": ("adamw_bf16", "adamw", "adamw_8bit"),
     "attention_mechanism": ("diffusers", "cudnn", "flash", "math"),
-    "gradient_checkpointing_mode": ("selective", "full"),
+    "gradient_checkpointing_mode": ("selective", "selective_ffn", "full"),
     "transformer_init": ("pretrained", "random"),
     "timestep_sampling": ("logit_normal", "uniform"),
     "report_to": ("none", "tensorboard", "wandb", "trackio"),
@@ -245,7 +247,7 @@ class World:
         return f"{per_device} a group of devices x {self.dp_size} groups = {self.global_batch}"
 
 
-def check_world(c: TrainConfig, world_size: int, num_heads: int | None = None) -> World:
+def check_world(c: TrainConfig, world_size: int) -> World:
     """The shares of the devices.
 
     Raises:
@@ -269,11 +271,6 @@ def check_world(c: TrainConfig, world_size: int, num_heads: int | None = None) -
             f"{copies * context} does not divide the {world_size} devices: the devices of one "
             "sample belong to one copy of the model. Lower one of them."
         )
-    if num_heads is not None and num_heads % context:
-        raise ValueError(
-            f"{c.source}: context_parallel_size={context} does not divide the model's {num_heads} "
-            f"heads; set it to one of {', '.join(map(str, divisors(num_heads)))}."
-        )
     dp_size = world_size // context
     return World(
         world_size=world_size,
@@ -283,6 +280,21 @@ def check_world(c: TrainConfig, world_size: int, num_heads: int | None = None) -
         dp_size=dp_size,
         global_batch=c.train_batch_size * c.gradient_accumulation_steps * dp_size,
     )
+
+
+def check_model(c: TrainConfig, transformer: Mapping[str, Any]) -> None:
+    """Raises ValueError for what does not go with this transformer's config."""
+    heads, depth = transformer["num_heads"], transformer["depth"]
+    if heads % c.context_parallel_size:
+        raise ValueError(
+            f"{c.source}: context_parallel_size={c.context_parallel_size} does not divide the "
+            f"model's {heads} heads; set it to one of {', '.join(map(str, divisors(heads)))}."
+        )
+    for name in ("musubi_blocks_to_swap", "uncheckpointed_blocks"):
+        if getattr(c, name) > depth:
+            raise ValueError(
+                f"{c.source}: {name}={getattr(c, name)} is more than the model's {depth} blocks."
+            )
 
 
 def divisors(number: int) -> list[int]:

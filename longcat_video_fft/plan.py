@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longcat_video_fft.config_rules import World, check_world
+from longcat_video_fft.checkpoint import find_checkpoint
+from longcat_video_fft.config_rules import World, check_model, check_world
 from longcat_video_fft.flops import PEAK_FLOPS
 from longcat_video_fft.plan_inputs import (
     Samples,
@@ -74,14 +76,15 @@ def lines(
     """(the plan, what would stop the run).
 
     Raises:
-        ValueError: sizes that do not divide, or a config of a model that cannot be built.
+        ValueError: sizes that do not divide, no such checkpoint, no such model.
     """
     machine = find_machine(config, num_gpus)
-    check_world(config, machine.count)  # before what takes longer
+    world = check_world(config, machine.count)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     weights = find_weights(config, data)
     with torch.device("meta"):
         model: Any = LongCatVideoTransformer3DModel.from_config(weights.config)
-    world = check_world(config, machine.count, model.config["num_heads"])
+    check_model(config, model.config)
     check_weight_files(config, weights, model)
     sizes = model_sizes(model)
     samples = read_cache(config, data)
@@ -91,6 +94,7 @@ def lines(
     times = time_lines(config, work, world, gpus=machine.kinds, depth=len(sizes.blocks))
     text = [
         *batch_lines(config, machine, world, samples),
+        *([f"Resumes from {checkpoint}"] if checkpoint else []),
         *("", "Model", *(f"  {line}" for line in weights.lines)),
         *sharding_lines(config, sizes, world),
         *("", f"Caches ({data.source})", *(f"  {line}" for line in samples.lines)),
@@ -199,7 +203,7 @@ def memory_lines(
     for part in memory.host:
         text.append(f"  host memory a GPU: {part.name} {part.num_bytes / GIB:.1f}  {part.formula}")
     text.append("  other settings (needed):")
-    for changes in other_settings(config, world):
+    for changes in other_settings(config, world, depth=len(sizes.blocks)):
         other = needed_bytes(predict_changed(config, sizes, world, samples, changes))
         words = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
         verdict = "fits" if other <= has else "does not fit"
@@ -214,13 +218,13 @@ def predict_changed(
     return predict_memory(changed, sizes, check_world(changed, world.world_size), samples.largest)
 
 
-def other_settings(config: TrainConfig, world: World) -> list[dict[str, Any]]:
+def other_settings(config: TrainConfig, world: World, *, depth: int) -> list[dict[str, Any]]:
     """Levers worth knowing: those that leave the training as it is, then the states' precision."""
     tries: list[dict[str, Any]] = [
         {"gradient_checkpointing_mode": "full"},
         {"gradient_checkpointing_mode": "selective"},
-        {"uncheckpointed_blocks": config.uncheckpointed_blocks + 4},
-        {"musubi_blocks_to_swap": config.musubi_blocks_to_swap + 8},
+        {"uncheckpointed_blocks": min(config.uncheckpointed_blocks + 4, depth)},
+        {"musubi_blocks_to_swap": min(config.musubi_blocks_to_swap + 8, depth)},
         {"optimizer": "adamw"},
         {"optimizer": "adamw_bf16"},
         {"optimizer": "adamw_8bit"},

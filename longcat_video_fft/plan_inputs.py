@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.buckets import parse_bucket
 from longcat_video_fft.cache_state import find_missing, permanent
+from longcat_video_fft.checkpoint import finished_checkpoints
 from longcat_video_fft.encoding import read_failures
+from longcat_video_fft.loading import CheckpointReader, check_names
 from longcat_video_fft.make_caches import Models, check_identity
 from longcat_video_fft.manifest import MANIFEST
 from longcat_video_fft.order import TrainingOrder, split_held_out
@@ -167,14 +169,18 @@ class Weights(Findings):
 
 
 def find_weights(config: TrainConfig, data: DataConfig) -> Weights:
-    """The model's folder, or its hub id's place in the cache of downloads."""
+    """The model's folder, or its hub id's place in the cache of downloads.
+
+    Raises:
+        ValueError: the user's folder is not there or lacks a part.
+    """
     found = Weights()
     root = local_model(config.model)
     if root is None:
         if is_path(config.model):
-            found.problems.append(
+            raise ValueError(
                 f"pretrained_model_name_or_path={config.model}: no such folder; give one with "
-                "dit/, vae/, text_encoder/ and tokenizer/, or a hub id"
+                "dit/, vae/, text_encoder/ and tokenizer/, or a hub id."
             )
         found.lines.append(
             f"{config.model}: not on this machine; the run downloads it once a node. Shapes below "
@@ -188,9 +194,9 @@ def find_weights(config: TrainConfig, data: DataConfig) -> Weights:
         if size:
             found.lines.append(f"{root / part}: {size / 1e9:,.2f} GB")
         elif root == Path(config.model).expanduser():
-            found.problems.append(
+            raise ValueError(
                 f"pretrained_model_name_or_path={config.model}: has no {part}/; it must be laid "
-                "out as the released LongCat-Video: dit/, vae/, text_encoder/, tokenizer/"
+                "out as the released LongCat-Video: dit/, vae/, text_encoder/, tokenizer/."
             )
         else:
             found.lines.append(f"{config.model}: {part}/ is not on this machine; downloaded first")
@@ -198,8 +204,8 @@ def find_weights(config: TrainConfig, data: DataConfig) -> Weights:
     if (root / "dit" / "config.json").is_file():
         found.dit = root / "dit" if is_whole else None
         found.config = json.loads((root / "dit" / "config.json").read_text("utf-8"))
-    elif (root / "dit").is_dir():
-        found.problems.append(f"{root / 'dit'}: has no config.json")
+    elif is_whole:
+        raise ValueError(f"{root / 'dit'}: has no config.json; copy it there.")
     has_cache = (data.latent_cache / MANIFEST).is_file() and (data.text_cache / MANIFEST).is_file()
     if has_cache and is_whole and not found.problems:
         try:
@@ -213,8 +219,6 @@ def check_weight_files(config: TrainConfig, found: Weights, model: Any) -> None:
     """Compares names and shapes of the files with the model's; reads the files' heads only."""
     if found.dit is None or config.transformer_init == "random":
         return
-    from longcat_video_fft.loading import CheckpointReader, check_names
-
     try:
         check_names(CheckpointReader(found.dit), dict(model.named_parameters()))
     except ValueError as error:
@@ -263,10 +267,11 @@ def plan_disk(config: TrainConfig, sizes: ModelSizes, weights: Weights) -> Findi
     written = math.ceil(config.max_train_steps / config.checkpointing_steps)
     kept = min(written, config.checkpoints_total_limit)
     at_once = min(written, kept + 1)
+    there = len(finished_checkpoints(Path(config.output_dir)))
     rows = [
-        ("checkpoints", each * at_once,
-         f"({kept} kept + {at_once - kept} being written) x {each / 1e9:.1f} GB (weights, states"
-         f"{', average' if config.ema_decay is not None else ''})"),
+        ("checkpoints", each * max(0, at_once - there),
+         f"({kept} kept + {at_once - kept} being written - {there} there) x {each / 1e9:.1f} GB "
+         f"(weights, states{', average' if config.ema_decay is not None else ''})"),
         ("export", BF16 * number + weights.parts_bytes, "bf16 transformer, text encoder, VAE"),
     ]  # fmt: skip
     needed = sum(size for _, size, _ in rows)

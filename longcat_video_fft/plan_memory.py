@@ -268,7 +268,9 @@ class _Run:
 
     def streaming(self) -> Part:
         """Blocks in host memory pass through the GPU piece by piece."""
-        size = 4 * FP32 * OPTIMIZER_CHUNK * (self.resident < self.depth)
+        swapped = self.sizes.blocks[self.resident :]
+        largest = max((shard_size([s], self.shards) for b in swapped for s in b), default=0)
+        size = 4 * FP32 * min(OPTIMIZER_CHUNK, largest)
         return Part("streamed update", size, "weights, gradients and states of one piece")
 
     def host(self) -> list[Part]:

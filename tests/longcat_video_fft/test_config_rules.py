@@ -12,7 +12,12 @@ import pytest
 
 from longcat_video_fft import buckets, config_rules, text_encoder, transformer
 from longcat_video_fft.config import FIELDS, TrainConfig, load_config
-from longcat_video_fft.config_rules import check_world, parse_resolution, validate_config
+from longcat_video_fft.config_rules import (
+    check_model,
+    check_world,
+    parse_resolution,
+    validate_config,
+)
 from longcat_video_fft.launcher_rules import check_launcher
 from tests.longcat_video_fft.tiny import ROOT, launch_env
 
@@ -70,7 +75,7 @@ def test_the_source_documents_keys_are_taken(tmp_path: Path, intervals: dict[str
         ({"optimizer": "lion"}, ["optimizer='lion'", "adamw_bf16, adamw, adamw_8bit"]),
         ({"lr_scheduler": "sine"}, ["lr_scheduler='sine'", "cosine, linear"]),
         ({"attention_mechanism": "sageattention"}, ["diffusers, cudnn, flash, math"]),
-        ({"gradient_checkpointing_mode": "x"}, ["selective, full"]),
+        ({"gradient_checkpointing_mode": "x"}, ["selective, selective_ffn, full"]),
         ({"transformer_init": "zeros"}, ["pretrained, random"]),
         ({"timestep_sampling": "beta"}, ["logit_normal, uniform"]),
         ({"report_to": "comet_ml"}, ["none, tensorboard, wandb, trackio"]),
@@ -123,7 +128,7 @@ def test_limits_are_those_of_their_modules() -> None:
     assert config_rules.MAX_TOKENS == text_encoder.MAX_TOKENS
     assert config_rules.MAX_FRAMES == buckets.MAX_FRAMES
     assert config_rules.PIXEL_MULTIPLE == buckets.TOKEN_STRIDE
-    assert config_rules.BLOCK_CLASS == transformer.LongCatSingleStreamBlock.__name__
+    assert transformer.LongCatSingleStreamBlock.__name__ == config_rules.BLOCK_CLASS
 
 
 def test_resolution_is_height_by_width() -> None:
@@ -139,10 +144,10 @@ def test_rules_load_nothing_heavy() -> None:
 
 
 def test_batch_arithmetic() -> None:
-    world = check_world(config(), 8, 32)
+    world = check_world(config(), 8)
     assert (world.dp_size, world.shard_size, world.global_batch) == (8, 8, 32)
     made = config(context_parallel_size=2, fsdp_replicate_size=2, train_batch_size=3)
-    world = check_world(made, 16, 32)
+    world = check_world(made, 16)
     assert (world.dp_size, world.shard_size, world.replicate_size) == (8, 8, 2)
     assert world.global_batch == 3 * 4 * 8
     assert world.arithmetic == "12 a group of devices x 8 groups = 96"
@@ -161,14 +166,30 @@ def test_batch_arithmetic() -> None:
             8,
             ["fsdp_replicate_size=4 x context_parallel_size=4 = 16", "8 devices"],
         ),
-        ({"context_parallel_size": 5}, 5, ["context_parallel_size=5", "32 heads", "1, 2, 4, 8"]),
     ],
 )
 def test_sizes_that_do_not_divide(
     values: dict[str, Any], world_size: int, parts: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"^run\.json: ") as caught:
-        check_world(config(**values), world_size, 32)
+        check_world(config(**values), world_size)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"context_parallel_size": 5}, ["context_parallel_size=5", "32 heads", "1, 2, 4, 8"]),
+        ({"musubi_blocks_to_swap": 49}, ["musubi_blocks_to_swap=49", "48 blocks"]),
+        ({"uncheckpointed_blocks": 49}, ["uncheckpointed_blocks=49", "48 blocks"]),
+    ],
+)
+def test_what_does_not_go_with_the_model(values: dict[str, Any], parts: list[str]) -> None:
+    released = {"num_heads": 32, "depth": 48}
+    check_model(config(**dict.fromkeys(values, 1)), released)
+    with pytest.raises(ValueError, match=r"^run\.json: ") as caught:
+        check_model(config(**values), released)
     for part in parts:
         assert part in str(caught.value)
 
