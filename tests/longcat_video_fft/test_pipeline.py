@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -47,7 +50,7 @@ class Exact(LongCatVideoTransformer3DModel):
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("model")
     make_model(folder)
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+    vae: Any = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval()
     return {
         "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
@@ -106,7 +109,7 @@ def test_a_continuation_ends_in_even_steps(pipe: LongCatVideoPipeline) -> None:
     times = pipe.set_timesteps(40, torch.device("cpu"), enhance_hf=True)
     assert times[-11] > 500
     np.testing.assert_allclose(times[-10:], np.arange(500, 0, -50), atol=1e-3)
-    np.testing.assert_allclose(pipe.scheduler.sigmas, [*(times / 1000), 0], atol=1e-6)
+    np.testing.assert_allclose(pipe.scheduler.sigmas, [*(times / 1000).tolist(), 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -114,7 +117,7 @@ def test_steps_along_the_model_s_direction_end_in_the_clean_video(
     exact: LongCatVideoPipeline, guidance: float
 ) -> None:
     options = {**SMALL, "guidance_scale": guidance, "generator": seeded(1)}
-    latents = exact("a cat", output_type="latent", **options).frames
+    latents: Any = exact("a cat", output_type="latent", **options).frames
     torch.testing.assert_close(latents, exact.transformer.clean, atol=1e-4, rtol=0)
     exact.transformer.forward = lambda **inputs: -Exact.forward(exact.transformer, **inputs)
     latents = exact("a cat", output_type="latent", **options).frames
@@ -150,9 +153,9 @@ def predict(pipe: Any, latents: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
 
 def test_a_batch_is_its_samples_alone(pipe: LongCatVideoPipeline) -> None:
     prompts, seeds = ["a red ball", "a blue square that moves"], [seeded(3), seeded(4)]
-    both = pipe(prompts, **SMALL, generator=seeds, output_type="latent").frames
+    both: Any = pipe(prompts, **SMALL, generator=seeds, output_type="latent").frames
     for row, prompt in enumerate(prompts):
-        one = pipe(prompt, **SMALL, generator=seeded(3 + row), output_type="latent").frames
+        one: Any = pipe(prompt, **SMALL, generator=seeded(3 + row), output_type="latent").frames
         torch.testing.assert_close(both[row], one[0], atol=1e-4, rtol=1e-4)
 
 
@@ -182,7 +185,9 @@ def pictures(count: int) -> list[Image.Image]:
 
 def test_image_is_the_first_frame_at_time_0(exact: LongCatVideoPipeline) -> None:
     image = pictures(1)[0]
-    made = exact("a cat", image=image, **SMALL, generator=seeded(1), output_type="latent").frames
+    made: Any = exact(
+        "a cat", image=image, **SMALL, generator=seeded(1), output_type="latent"
+    ).frames
     seen = exact.transformer.seen
     first = exact.encode_condition(image, None, 1, 32, 48)
     torch.testing.assert_close(made[:, :, :1], first)
@@ -211,7 +216,7 @@ def test_continuation_uses_the_last_frames(exact: LongCatVideoPipeline) -> None:
     exact.transformer.clean = torch.randn(1, 16, 6, 4, 6, generator=seeded(5))
     frames = pictures(20)
     options = {**SMALL, "num_frames": 21, "output_type": "latent"}
-    made = exact("a cat", video=frames, **options, generator=seeded(1)).frames
+    made: Any = exact("a cat", video=frames, **options, generator=seeded(1)).frames
     last = exact.encode_condition(None, frames[-13:], 13, 32, 48)
     assert last.shape[2] == exact.transformer.seen["num_cond_latents"] == 4
     torch.testing.assert_close(made[:, :, :4], last)
@@ -239,7 +244,7 @@ def test_frames_of_each_kind(
     made: Any = pipe("a cat", **SMALL, generator=seeded(1), output_type=output_type).frames
     assert made.shape == shape
     assert 0 <= made.min() < made.max() <= 1
-    shown = pipe("a cat", **SMALL, generator=seeded(1)).frames  # PIL, as the README's snippet
+    shown: Any = pipe("a cat", **SMALL, generator=seeded(1)).frames  # PIL, as the README's snippet
     assert len(shown) == 1
     assert len(shown[0]) == 5
     last = np.asarray(made[0][4])
