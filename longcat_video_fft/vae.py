@@ -124,12 +124,17 @@ def load_video_encoder(
         ) from error
     nn.Module.to(vae, device=device)
     vae.eval().requires_grad_(False)
-    for module in vae.modules():  # weights in the order of the pictures, or each call converts
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    use_channels_last(vae)
     torch.backends.cudnn.benchmark = False  # a tuned kernel could differ from run to run
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape and length of piece
     logger.info("VAE from %s in %.0f s", folder, time.monotonic() - started)
     return VideoEncoder(vae, device, chunk_frames=chunk_frames)
+
+
+def use_channels_last(vae: nn.Module) -> None:
+    """Weights in the order of the pictures, or each call converts them."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)

@@ -1,0 +1,294 @@
+"""Trains a small Wan VAE from nothing, for trials without released weights.
+
+    python -m longcat_video_fft.train_vae VIDEOS OUT --minutes 3
+
+The class, the latents (16 channels, 4 x 8 x 8 pixels each) and the folder are those of
+LongCat-Video's vae/, with fewer channels inside. All videos are held in memory, so a few thousand
+small ones. It ends by `--steps` or `--minutes`, whichever comes first; the learning rate follows
+the one that is nearer its end. Next: make_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longcat_video_fft.buckets import FRAME_STRIDE, LATENT_CHANNELS, TOKEN_STRIDE, BucketRule
+from longcat_video_fft.precompute import start_logging
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+logger = logging.getLogger("longcat_video_fft")
+
+WARMUP_STEPS = 50
+NUM_MEASURED = 1024  # videos whose latents give latents_mean and latents_std
+MEASURED_AT_ONCE = 32
+
+
+def main(argv: list[str] | None = None) -> int:
+    start_logging(is_main=True)
+    try:
+        args = parse(argv)
+        train(args)
+    except (ValueError, OSError) as error:
+        logger.debug("where it happened", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Raises ValueError for what cannot work, before anything heavy is imported."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("videos", type=Path, help="a folder with .mp4 files, also in sub-folders")
+    add("out", type=Path, help="the folder vae/ to write")
+    add("--steps", type=int, default=6000)
+    add("--minutes", type=float, default=math.inf)
+    add("--batch-size", type=int, default=32)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--kl-weight", type=float, default=1e-4, help="of the latents' mean KL to a unit normal")
+    add("--base-dim", type=int, default=32, help="released: 96")
+    add("--num-res-blocks", type=int, default=1, help="released: 2")
+    add("--num-frames", type=int, default=13, help="of each video, 4n + 1")
+    add("--num-held-out", type=int, default=32, help="videos to measure with, not trained on")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("steps", "minutes", "batch_size", "learning_rate", "base_dim", "num_res_blocks"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name}={getattr(args, name)}: must be above 0.")
+    for name in ("kl_weight", "num_held_out"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{name}={getattr(args, name)}: must not be negative.")
+    if args.num_frames < 1 or args.num_frames % FRAME_STRIDE != 1:
+        raise ValueError(
+            f"num_frames={args.num_frames}: must be 4n + 1, for example 13: the VAE packs 4 "
+            "frames into one, but the first."
+        )
+    if not args.videos.is_dir():
+        raise ValueError(f"videos={args.videos}: no such folder ({args.videos.absolute()}).")
+    return args
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, measures the latents, and writes args.out.
+
+    Raises:
+        ValueError: the videos cannot be used, or the loss is not finite.
+    """
+    import torch
+
+    from longcat_video_fft.vae import use_channels_last
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    videos = torch.from_numpy(read_videos(args.videos, num_frames=args.num_frames))
+    num_trained = len(videos) - args.num_held_out
+    if num_trained < 1:
+        raise ValueError(
+            f"num_held_out={args.num_held_out}: leaves none of the {len(videos)} videos of "
+            f"{args.videos} to train on. Lower it."
+        )
+    videos = videos.to(device)
+    torch.manual_seed(args.seed)
+    vae = build_vae(args.base_dim, args.num_res_blocks).to(device)
+    use_channels_last(vae)
+    num_params = sum(p.numel() for p in vae.parameters())
+    logger.info("%.1fM parameters on %s", num_params / 1e6, device)
+    steps, seconds = fit(vae, videos[:num_trained], args)
+    vae.eval()
+    measure_latents(vae, videos[:num_trained][:NUM_MEASURED])
+    psnr = measure_psnr(vae, videos[num_trained:])
+    save(vae, args.out)
+    record = {
+        "parameters": num_params, "videos": num_trained, "steps": steps,
+        "seconds": round(seconds, 1), "held_out_psnr_db": psnr and round(psnr, 2),
+        "shape": list(videos.shape[1:4]),
+    }  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    logger.info("%s: %s", args.out, record)
+
+
+def read_videos(folder: Path, *, num_frames: int) -> np.ndarray:
+    """The first frames of all videos, cut to the shape of the first one: (N, T, H, W, 3) uint8.
+
+    Raises:
+        ValueError: there are none, one cannot be read, or their sides are no multiples of 16.
+    """
+    import numpy as np
+
+    from longcat_video_fft.bad_video import BadVideoError
+    from longcat_video_fft.decoding import decode_sample
+    from longcat_video_fft.video_file import FPS, video_shape
+
+    paths = sorted(folder.rglob("*.mp4"))
+    if not paths:
+        raise ValueError(f"videos={folder}: holds no .mp4 file.")
+    shape = video_shape(paths[0])
+    if any(side % TOKEN_STRIDE for side in shape):
+        raise ValueError(
+            f"{paths[0]}: is {shape[1]} x {shape[0]}, and the sides must be multiples of "
+            f"{TOKEN_STRIDE}."
+        )
+    rule = BucketRule(((shape[0] / shape[1], shape),), (num_frames,), target_fps=FPS)
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            return decode_sample(path.read_bytes(), rule).frames
+        except BadVideoError as error:
+            raise ValueError(f"{path}: {error}. Delete it, or give other videos.") from error
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        videos = np.stack(list(pool.map(read, paths)))
+    logger.info("read %d videos in %.0f s", len(videos), time.monotonic() - started)
+    return videos
+
+
+def build_vae(base_dim: int, num_res_blocks: int) -> Any:
+    """Wan's VAE with random weights; latents are not normalised yet."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=base_dim,
+        num_res_blocks=num_res_blocks,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]:
+    """Trains on (N, T, H, W, 3) uint8; returns the steps made and the seconds they took."""
+    import torch
+
+    device = videos.device
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(args.seed)
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1:
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / WARMUP_STEPS)
+            group["lr"] = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        chosen = torch.randint(len(videos), (args.batch_size,), generator=generator)
+        l1, kl = losses(vae, to_pixels(videos[chosen.to(device)]))
+        (l1 + args.kl_weight * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds = time.monotonic() - started
+        progress = max(step / args.steps, seconds / 60 / args.minutes)
+        if step % 50 == 0 or progress >= 1:
+            values = torch.stack((l1, kl, norm)).tolist()  # the host waits here alone
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"step {step}: the loss is not finite. Lower --learning-rate.")
+            logger.info(
+                "step %d (%.0f s): L1 %.4f, KL %.2f, gradient norm %.2f", step, seconds, *values
+            )
+    return step, time.monotonic() - started
+
+
+def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, T, H, W) in -1..1 -> mean absolute error, and mean KL of the latents; Kingma and
+    Welling 2014, appendix B."""
+    import torch
+
+    is_gpu = video.device.type == "cuda"
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=is_gpu):
+        mean, log_var = encode(vae, video).float().chunk(2, dim=1)
+        log_var = log_var.clamp(-30.0, 20.0)
+        latents = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
+        decoded = decode(vae, latents)
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+    return (decoded.float() - video).abs().mean(), kl.mean()
+
+
+def encode(vae: Any, video: Tensor) -> Tensor:
+    """(B, 3, T, H, W) -> mean and log variance (B, 32, t, h, w), with gradients.
+
+    In two pieces, the first frame and the rest; as `AutoencoderKLWan._encode`, which takes more.
+    """
+    import torch
+
+    states: list[Any] = [None] * vae._cached_conv_counts["encoder"]
+    pieces = [video[:, :, :1], video[:, :, 1:]]
+    out = [vae.encoder(p, feat_cache=states, feat_idx=[0]) for p in pieces if p.shape[2]]
+    return vae.quant_conv(torch.cat(out, dim=2))
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """(B, 16, t, h, w) -> (B, 3, T, H, W), not clamped, in two pieces as `encode`."""
+    import torch
+
+    states: list[Any] = [None] * vae._cached_conv_counts["decoder"]
+    x = vae.post_quant_conv(latents)
+    out = [vae.decoder(x[:, :, :1], feat_cache=states, feat_idx=[0], first_chunk=True)]
+    if x.shape[2] > 1:
+        out.append(vae.decoder(x[:, :, 1:], feat_cache=states, feat_idx=[0]))
+    return torch.cat(out, dim=2)
+
+
+def to_pixels(videos: Tensor) -> Tensor:
+    """(B, T, H, W, 3) uint8 -> (B, 3, T, H, W) in -1..1, channels last in memory."""
+    return (videos / 127.5 - 1).permute(0, 4, 1, 2, 3)
+
+
+def measure_latents(vae: Any, videos: Tensor) -> None:
+    """Puts the latents' mean and standard deviation by channel into the VAE's config."""
+    import torch
+
+    with torch.inference_mode():
+        means = [
+            encode(vae, to_pixels(part)).chunk(2, dim=1)[0]
+            for part in videos.split(MEASURED_AT_ONCE)
+        ]
+    latents = torch.cat(means).double()
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+    logger.info("latents' std by channel: %s", ", ".join(f"{s:.2f}" for s in std.tolist()))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def measure_psnr(vae: Any, videos: Tensor) -> float | None:
+    """Of decoded latents against the videos, in dB over all pixels; None without videos."""
+    import torch
+
+    if not len(videos):
+        return None
+    error = 0.0
+    with torch.inference_mode():
+        for part in videos.split(MEASURED_AT_ONCE):
+            pixels = to_pixels(part)
+            decoded = decode(vae, encode(vae, pixels).chunk(2, dim=1)[0]).clamp(-1, 1)
+            error += (decoded - pixels).square().mean().item() / 4 * len(part)  # of 0..1
+    return -10 * math.log10(error / len(videos))
+
+
+def save(vae: Any, folder: Path) -> None:
+    """The folder appears whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
