@@ -122,6 +122,12 @@ class TrainConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "source"}
 TYPES = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in FIELDS}
 
+# The source document's older names, by today's.
+OLDER_NAMES = {
+    "validation_step_interval": "validation_every_n_steps",
+    "num_validation_images": "num_validation_videos",
+}
+
 
 def load_config(argv: list[str]) -> TrainConfig:
     """Reads `--config FILE [--key value | --key=value ...]`; later values win.
@@ -134,12 +140,24 @@ def load_config(argv: list[str]) -> TrainConfig:
     values: dict[str, Any] = {}
     source = words.pop("config", None) or "the command line"
     if source != "the command line":
-        values = check_values(read_json_object(Path(source)), TYPES, source)
+        values = check_values(rename_older(read_json_object(Path(source)), source), TYPES, source)
+    words = rename_older(words, "the command line")
     given = {key: parse_text(key, text) for key, text in words.items()}
     values.update(check_values(given, TYPES, "the command line"))
     config = TrainConfig(**values, source=source)
     validate_config(config)
     return config
+
+
+def rename_older(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """`raw` with today's names. Raises ValueError when both names are there."""
+    raw = dict(raw)
+    for name, older in OLDER_NAMES.items():
+        if older in raw:
+            if name in raw:
+                raise ValueError(f"{source}: {older} is {name} by its older name; delete one.")
+            raw[name] = raw.pop(older)
+    return raw
 
 
 def read_json(path: Path) -> Any:

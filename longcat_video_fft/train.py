@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.config_rules import check_world
+from longcat_video_fft.config_rules import check_model, check_world
 from longcat_video_fft.launcher_rules import check_launcher
 from longcat_video_fft.precompute import read_configs, start_logging
 
@@ -101,6 +101,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
 
     # Model.
     model = build_transformer(dit_folder)
+    check_model(config, model.config)
     validation = Validation(config, dataset, output_dir)
     if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)

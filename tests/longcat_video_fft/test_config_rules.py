@@ -63,6 +63,13 @@ def test_the_source_documents_keys_are_taken(tmp_path: Path, intervals: dict[str
     assert (read.validation_step_interval, read.num_validation_images) == (1000, 4)
 
 
+def test_older_names_on_the_command_line() -> None:
+    words = ["--data_backend_config", "d.json", "--validation_every_n_steps", "7"]
+    assert load_config(words).validation_step_interval == 7
+    with pytest.raises(ValueError, match=r"validation_every_n_steps is validation_step_interval"):
+        load_config([*words, "--validation_step_interval", "8"])
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
