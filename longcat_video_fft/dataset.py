@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -117,9 +117,14 @@ class LatentDataset(Dataset[Batch]):
             position=position,
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a loader's worker that was spawned: the storages came with clients of its own."""
+        self.__dict__.update(state)
+        self.process = os.getpid()
+
     def _reopen(self) -> None:
-        """In a loader's worker: a fork shares connections and loses obstore's threads, so that it
-        would wait for ever; the worker gets clients of its own, of boto3."""
+        """In a loader's worker that was forked: it shares connections and has lost obstore's
+        threads, so that it would wait for ever; it gets clients of its own, of boto3."""
         os.environ["LONGCAT_NO_OBSTORE"] = "1"  # in this worker alone
         self.latent_cache.storage = open_cache_storage(self.data, self.data.videos.cache_dir_vae)
         self.text_cache.storage = open_cache_storage(self.data, self.data.text.cache_dir)

@@ -5,7 +5,8 @@ reads where it is installed, in Rust, so that hundreds of reads at once do not w
 else, and with `LONGCAT_NO_OBSTORE=1`, boto3 does. Nothing but `S3Storage._retry` decides what is
 tried again, and when. With `s3_clients.py` and `s3_errors.py`, the one place that knows S3.
 
-obstore's threads do not survive a fork: open the storage in the process that uses it.
+obstore's threads do not survive a fork: open the storage in the process that uses it, or pickle it
+to there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from botocore.exceptions import BotoCoreError
@@ -86,6 +88,8 @@ class S3Storage:
 
     def __init__(self, options: S3Options, *, num_connections: int) -> None:
         prefix = options.prefix.strip("/")
+        self.options = options
+        self.num_connections = num_connections
         self.bucket = options.bucket
         self.root = f"{prefix}/" if prefix else ""
         self.location = f"s3://{options.bucket}/{prefix}"
@@ -109,6 +113,10 @@ class S3Storage:
                 num_connections=num_connections,
             )
         logger.info("%s: read with %s", self.location, "obstore" if self.obstore else "boto3")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Connections cannot be pickled: a process that is spawned makes its own."""
+        return partial(S3Storage, self.options, num_connections=self.num_connections), ()
 
     def check(self) -> None:
         def request() -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +22,8 @@ MAX_TOKENS = 512
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises ValueError when the folder holds no tokenizer."""
+    from transformers import AutoTokenizer  # here: a loader's worker imports this file for a number
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -44,6 +45,8 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path, tokenizer: Any, device: torch.device) -> None:
+        from transformers import UMT5EncoderModel
+
         self.tokenizer = tokenizer
         self.device = device
         try:

@@ -210,26 +210,34 @@ def test_a_wrong_byte_is_found(caches: Caches, tmp_path: Path) -> None:
         dataset[0]
 
 
-@pytest.mark.usefixtures("s3_environment")
-def test_caches_in_s3_are_the_same(
-    caches: Caches, data: DataConfig, s3_url: str, tmp_path: Path
-) -> None:
-    """Copied to a bucket as they are; read here and by the loader's workers."""
+@pytest.fixture(scope="module")
+def s3_copy(caches: Caches, s3_url: str) -> str:
+    """The bucket that the caches were copied to as they are."""
     objects = {
         f"copy/{path.relative_to(caches.folder)}": path.read_bytes()
         for path in sorted(caches.folder.rglob("*"))
         if path.is_file()
     }
     put_objects(s3_url, "caches", objects)
-    remote = configure(
-        tmp_path, "s3://caches/copy/vae", "s3://caches/copy/text", aws_endpoint_url=s3_url
-    )
+    return "caches"
+
+
+@pytest.mark.usefixtures("s3_environment")
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_caches_in_s3_are_the_same(
+    data: DataConfig, s3_url: str, s3_copy: str, tmp_path: Path, start_method: str
+) -> None:
+    """Read here and by the loader's workers, however these start."""
+    vae, text = f"s3://{s3_copy}/copy/vae", f"s3://{s3_copy}/copy/text"
+    remote = configure(tmp_path, vae, text, aws_endpoint_url=s3_url)
     here, there = (LatentDataset(d, batch_size=4, seed=7) for d in (data, remote))
-    assert there.latent_cache.storage.location == "s3://caches/copy/vae"
+    assert there.latent_cache.storage.location == vae
     local = read_all(here)
     for one, other in zip(local, read_all(there), strict=True):
         assert_same(one, other)
-    positions = range(here.order.epoch_length)
-    loader = DataLoader(there, sampler=positions, batch_size=None, num_workers=2, timeout=60)
+    loader = DataLoader(
+        there, sampler=range(here.order.epoch_length), batch_size=None, num_workers=2, timeout=60,
+        multiprocessing_context=start_method,
+    )  # fmt: skip
     for one, other in zip(local, loader, strict=True):
         assert_same(one, other)
