@@ -150,13 +150,16 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 
 def rename_older(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """`raw` with today's names. Raises ValueError when both names are there."""
+    """`raw` with today's names. Raises ValueError when both are there, with two values."""
     raw = dict(raw)
     for name, older in OLDER_NAMES.items():
         if older in raw:
-            if name in raw:
-                raise ValueError(f"{source}: {older} is {name} by its older name; delete one.")
-            raw[name] = raw.pop(older)
+            value = raw.pop(older)
+            if raw.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{source}: {older} is {name} by its older name, and they have two values, "
+                    f"{value!r} and {raw[name]!r}; delete one."
+                )
     return raw
 
 

@@ -69,6 +69,18 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     assert load_config(["--config", file]).seed == 1
 
 
+def test_both_spellings_of_the_source_document(tmp_path: Path) -> None:
+    older = {"validation_every_n_steps": 1000, "num_validation_videos": 4}
+    file = write(tmp_path, NEEDED | older | {"num_validation_images": 4})
+    config = load_config(["--config", file])
+    assert (config.validation_step_interval, config.num_validation_images) == (1000, 4)
+    config = load_config(["--config", file, "--validation_step_interval", "7"])
+    assert config.validation_step_interval == 7
+    file = write(tmp_path, NEEDED | {"validation_step_interval": 9})
+    config = load_config(["--config", file, "--validation_every_n_steps=8"])
+    assert config.validation_step_interval == 8
+
+
 def test_a_run_needs_no_file() -> None:
     config = load_config(["--data_backend_config", "d.json"])
     assert (config.source, config.folder) == ("the command line", Path())
@@ -102,6 +114,11 @@ def test_whole_numbers_are_floats(tmp_path: Path) -> None:
         ([], ["holds a list, not an object"]),
         ("{", ["not valid JSON", "line 1"]),
         ("\udcff", ["not valid JSON"]),
+        (
+            {"validation_every_n_steps": 1, "validation_step_interval": 2},
+            ["validation_every_n_steps is validation_step_interval", "two values, 1 and 2"],
+        ),
+        ({"num_validation_videos": "4"}, ["num_validation_images='4'", "type int"]),
         ({"model_type": "lora"}, ["model_type='lora'", "trains all weights", '"full"']),
         ({"model_family": "wan"}, ["model_family='wan'", '"longcat_video"']),
         ({"model_flavour": "x"}, ["model_flavour='x'", '"final"']),
@@ -135,6 +152,10 @@ def test_mistakes_in_the_file(tmp_path: Path, content: Any, parts: list[str]) ->
     ("argv", "parts"),
     [
         (["--learning_rat", "1"], ["the command line", "'learning_rat'", "'learning_rate'"]),
+        (
+            ["--num_validation_videos", "1", "--num_validation_images", "2"],
+            ["the command line", "num_validation_videos is num_validation_images", "'1' and '2'"],
+        ),
         (["--seed", "x"], ["the command line", "seed='x'", "type int"]),
         (["--seed", "1.5"], ["seed='1.5'", "type int"]),
         (["--seed", "null"], ["seed='null'", "type int"]),
