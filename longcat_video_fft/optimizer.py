@@ -126,7 +126,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         is_float8 = self.eight_bit and param.ndim > 1
         dtype = torch.float8_e4m3fn if is_float8 else torch.bfloat16
-        is_pinned = local(param.detach()).is_pinned()
+        # An offloaded parameter's states, too, go through the GPU: fast from pinned memory only.
+        is_pinned = param.device.type == "cpu" and torch.cuda.is_available()
         state["step"] = torch.zeros((), dtype=torch.float32)
         for name in ("exp_avg", "exp_avg_rms"):
             state[name] = torch.zeros_like(param, dtype=dtype, pin_memory=is_pinned)
