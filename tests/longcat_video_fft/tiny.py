@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from data.make_videos import make_videos
+from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 
 ROOT = Path(__file__).parents[2]
 NUM_VIDEOS = 12
@@ -29,7 +30,7 @@ VIDEO: dict[str, Any] = {"num_frames": 9, "frame_buckets": [9, 5], "target_fps":
 
 @dataclass(frozen=True)
 class Tiny:
-    model: Path  # vae/, text_encoder/, tokenizer/
+    model: Path  # vae/, text_encoder/, tokenizer/, dit/
     videos: Path  # NUM_VIDEOS of 96 x 64, one second at 15 frames a second
 
 
@@ -47,6 +48,19 @@ def make_model(folder: Path, *, seed: int = 0) -> None:
     make_tokenizer(folder / "tokenizer")
     config = UMT5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    make_transformer(folder / "dit")
+
+
+def make_transformer(folder: Path, **options: Any) -> None:
+    """Random weights of the released layout; every parameter counts."""
+    config = {
+        "hidden_size": 64, "depth": 2, "num_heads": 2, "caption_channels": 32,
+        "adaln_tembed_dim": 32, "frequency_embedding_size": 64, "text_tokens_zero_pad": True,
+    }  # fmt: skip
+    model = LongCatVideoTransformer3DModel(**config | options)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.05)
+    model.save_pretrained(folder)
 
 
 def make_tokenizer(folder: Path) -> None:
