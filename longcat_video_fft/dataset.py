@@ -83,6 +83,12 @@ class LatentDataset(Dataset[Batch]):
             raise ValueError(
                 f"{data.source}: the caches hold no sample. Run longcat_video_fft.precompute first."
             )
+        longest = max(text.shape[0] for _, text in entries)
+        if longest > max_tokens:
+            raise ValueError(
+                f"{self.text_cache.storage.location}: a caption has {longest} tokens, and "
+                f"max_text_tokens={max_tokens}. Set it to {longest} or more (512 is the model's)."
+            )
         is_held_out = split_held_out([latent.id for latent, _ in entries], num_held_out)
         self.entries = [e for e, out in zip(entries, is_held_out, strict=True) if not out]
         held_out = [e for e, out in zip(entries, is_held_out, strict=True) if out]

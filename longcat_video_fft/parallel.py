@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
 
 from longcat_video_fft.attention import use_backend
 from longcat_video_fft.ema import Ema
+from longcat_video_fft.offload import OffloadedBlock, PinnedStore
 from longcat_video_fft.optimizer import build_optimizer, parameter_groups
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_GRAPHS = 1024
 LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large checkpoint
 ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -51,7 +53,7 @@ PRODUCT_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
 def init_processes() -> torch.device:
     """Joins the process group that accelerate or torchrun describe; alone otherwise."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") != "true"
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
@@ -103,8 +105,17 @@ def parallelize(model: Any, config: TrainConfig, mesh: DeviceMesh) -> None:
 
         use_fp8_linears(model)
     if config.compile and mesh.device_type == "cuda":
+        # A graph for each bucket, batch size and number of condition frames, shared by all blocks.
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
         for block in blocks:
             block.compile_block()
+    if config.activation_offload:
+        if mesh.device_type != "cuda":
+            raise ValueError("activation_offload=true needs a GPU; set it to false.")
+        store = PinnedStore()
+        for block in blocks:
+            block.work = OffloadedBlock(block, store)
     # FSDP2, a unit a block. Timesteps stay float32, so inputs are not cast.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if config.mixed_precision == "bf16":

@@ -72,18 +72,20 @@ def run(config: TrainConfig, data: DataConfig) -> None:
         load_checkpoint,
     )
     from longcat_video_fft.dataset import LatentDataset
-    from longcat_video_fft.export import export_model
+    from longcat_video_fft.export import export_model, find_companions
     from longcat_video_fft.loading import load_weights
     from longcat_video_fft.make_caches import ensure_caches
     from longcat_video_fft.parallel import Engine, init_processes, is_main_process
     from longcat_video_fft.processes import Processes
     from longcat_video_fft.tracking import Tracker
     from longcat_video_fft.training_loop import train
-    from longcat_video_fft.validation import Validation
+    from longcat_video_fft.validation import Validation, read_prompts
 
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     dit_folder = find_transformer(config)
+    find_companions(config, output_dir)  # now, not when the export at the end needs them
+    read_prompts(config)
 
     # Data: phase 1 first where it is not done.
     with logging_redirect_tqdm():
@@ -143,6 +145,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     finally:
         tracker.close()
     if is_finished:
+        checkpointer.close()
         export_model(engine, config, output_dir)
         logger.info("the model is in %s", output_dir)
 
