@@ -53,23 +53,35 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore
         ctx.save_for_backward(x, weight)
-        return multiply(x, weight)
+        return multiply(round_rows(x), round_rows(weight), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         x, weight = ctx.saved_tensors
-        return multiply(grad, weight.t()), multiply(grad.t(), x.t())
+        if grad.is_cuda:
+            from longcat_video_fft.fp8_kernels import round_both, round_columns
+
+            *grad_rows, grad_columns, column_scale = round_both(grad)
+            columns, x_columns = (grad_columns, column_scale), round_columns(x)
+        else:
+            grad_rows, columns, x_columns = (
+                round_rows(grad), round_rows(grad.t()), round_rows(x.t()),
+            )  # fmt: skip
+        return (
+            multiply(grad_rows, round_rows(weight.t()), x.dtype),
+            multiply(columns, x_columns, weight.dtype),
+        )
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (N, K) transposed, each with a scale a row."""
-    (a8, scale_a), (b8, scale_b) = round_rows(a), round_rows(b)
+def multiply(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
+    """a (M, K) times b (N, K) transposed; both are (float8, scale of each row)."""
+    (a8, scale_a), (b8, scale_b) = a, b
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        a8, b8.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=a.dtype, use_fast_accum=True
+        a8, b8.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=dtype, use_fast_accum=True
     )
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> float8 (M, K), row-major, and what a row is to be multiplied by, (M, 1)."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12 * FLOAT8_MAX) / FLOAT8_MAX
     return (x.float() / scale).to(FLOAT8).contiguous(), scale

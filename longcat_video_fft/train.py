@@ -143,9 +143,9 @@ def run(config: TrainConfig, data: DataConfig) -> None:
                 start_step=start_step,
             )
     finally:
+        checkpointer.drain()
         tracker.close()
     if is_finished:
-        checkpointer.close()
         export_model(engine, config, output_dir)
         logger.info("the model is in %s", output_dir)
 
