@@ -14,12 +14,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from longcat_video_fft.buckets import Bucket
+from longcat_video_fft.checkpoint import Checkpointer, load_checkpoint
 from longcat_video_fft.config import TYPES, TrainConfig, check_values, parse_text, parse_words
 from longcat_video_fft.dataset import Batch
 from longcat_video_fft.flops import forward_flops
@@ -30,6 +31,9 @@ from longcat_video_fft.parallel import Engine, init_processes, is_main_process
 from longcat_video_fft.training_loop import train_step
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 PEAK = 989e12
 
 
@@ -39,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--frames", type=int, default=93)
     parser.add_argument("--profile", default=None, help="write a table of kernels here")
+    parser.add_argument("--checkpoint", default=None, help="save and resume in this folder")
     args, rest = parser.parse_known_args()
     given = {key: parse_text(key, text) for key, text in parse_words(rest).items()}
     options = check_values(given, TYPES, "the command line")
@@ -76,8 +81,10 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         height_latent=60,
         width_latent=104,
     )
-    losses, seconds = [], []
-    for step in range(args.steps):
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def do_step(step: int) -> None:
         set_lr(engine.optimizer, min(1.0, (step + 1) / 5))
         noised = prepare(batch, config, torch.device("cpu"))
         torch.cuda.synchronize()
@@ -85,7 +92,10 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         sums = train_step(engine, [(batch, noised)], empty, global_step=step)
         torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - started, 3))
-        losses.append(round(sums[0].item() / sums[1].item(), 4))
+        losses.append(round(sums[0].item() / sums[1].item(), 6))
+
+    for step in range(args.steps):
+        do_step(step)
     step_s = sorted(seconds[1:])[len(seconds[1:]) // 2]
     result |= {
         "step_s": step_s, "all_step_s": seconds, "loss": losses,
@@ -94,12 +104,43 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "grad_norm": engine.grad_norm,
     }  # fmt: skip
+    if args.checkpoint:
+        result["checkpoint"] = measure_checkpoint(
+            engine, Path(args.checkpoint), args.steps, do_step
+        )
+        result["checkpoint"]["losses"] = losses[args.steps :]
     if args.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            train_step(engine, [(batch, noised)], empty, global_step=0)
-            torch.cuda.synchronize()
-        table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40)
+            do_step(args.steps)
+        table = profiler.key_averages().table(
+            sort_by="cuda_time_total", row_limit=40, max_name_column_width=100
+        )
         Path(args.profile).write_text(table, encoding="utf-8")
+
+
+def measure_checkpoint(
+    engine: Engine, folder: Path, step: int, do_step: Callable[[int], None]
+) -> dict[str, float]:
+    """Saves, goes on for two steps meanwhile, resumes, and does the two steps again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = dict(engine.module.config)
+    checkpointer = Checkpointer(engine, folder, keep_last=1, identity=identity)
+    started = time.perf_counter()
+    stall = checkpointer.save(step)
+    for later in range(step, step + 2):
+        do_step(later)
+    checkpointer.wait()
+    written = time.perf_counter() - started
+    started = time.perf_counter()
+    load_checkpoint(engine, folder / f"checkpoint-{step}", identity)
+    loaded = time.perf_counter() - started
+    for later in range(step, step + 2):
+        do_step(later)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "stall_s": round(stall, 2), "written_s": round(written, 1), "load_s": round(loaded, 1),
+        "checkpoint_gb": round(size / 1e9, 2),
+    }  # fmt: skip
 
 
 def make_batch(frames: int, *, position: int) -> Batch:
