@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from longcat_video_fft.storage import Storage, StoredObject
 
 SCRIPTS = ROOT / "longcat_video_fft" / "scripts"
-NUM_VIDEOS = 120
+NUM_VIDEOS = 60
 
 
 def name_of(number: int) -> str:
@@ -80,8 +80,8 @@ class CountingStorage:
 @pytest.mark.usefixtures("s3_environment")
 def test_many_videos(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a page of each sub-prefix's listing holds, and than a part of the table."""
-    monkeypatch.setattr(s3_storage, "PAGE_KEYS", 35)
-    monkeypatch.setattr(metadata, "PART_ROWS", 50)
+    monkeypatch.setattr(s3_storage, "PAGE_KEYS", 15)
+    monkeypatch.setattr(metadata, "PART_ROWS", 25)
     put_objects(s3_url, "many-films", make_objects(NUM_VIDEOS))
     storage = CountingStorage(open_bucket(s3_url, "many-films"))
     table = build_table(storage, tmp_path / "t.parquet", workers=64)
