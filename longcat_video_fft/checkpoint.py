@@ -114,6 +114,19 @@ def find_checkpoint(spec: str | None, output_dir: Path) -> Path | None:
     return Path(spec)
 
 
+class StateWriter(FileSystemWriter):
+    """Names the disk's own error: torch's archive writer covers it with one of its own."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
 class Checkpointer:
     """Saves without stopping the training. All processes call every method, at the same step.
 
@@ -166,7 +179,7 @@ class Checkpointer:
         dist.barrier(group=self.group)
         response = async_save(
             engine_state(self.engine),
-            storage_writer=FileSystemWriter(partial / "state", sync_files=True),
+            storage_writer=StateWriter(partial / "state", sync_files=True),
             process_group=self.group,
             async_stager=self.stager,
         )
@@ -276,8 +289,11 @@ def load_checkpoint(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
 def engine_state(engine: Any) -> dict[str, Any]:
     """The tensors themselves, sharded, by official names: what is read into them is loaded."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer)
-    # Without the optimizer's options, which are the config's.
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer["state"]}
+    # Without the optimizer's options, which are the config's. Torch makes states that are not there
+    # yet, but not where someone has touched them: nothing would be read.
+    states: Any = optimizer["state"]
+    assert states and all(states.values()), "empty states of the optimizer"
+    state: dict[str, Any] = {"model": model, "optimizer": states}
     if engine.ema is not None:
         state["ema"] = engine.ema.state_dict()
     return state
