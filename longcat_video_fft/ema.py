@@ -37,8 +37,7 @@ class Ema:
         n = int(self.num_updates)
         rest = 1 - min(self.decay, (1 + n) / (10 + n))
         for name, param in named_parameters(module):
-            average = local(self.averages[name])
-            average.add_(local(param).float().sub_(average).mul_(rest))
+            local(self.averages[name]).lerp_(local(param).float(), rest)
         self.num_updates += 1
 
     @contextlib.contextmanager
