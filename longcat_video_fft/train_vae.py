@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("longcat_video_fft")
 
 WARMUP_STEPS = 50
+FIRST_LOG_VAR = -6.0
 NUM_MEASURED = 1024  # videos whose latents give latents_mean and latents_std
 MEASURED_AT_ONCE = 32
 
@@ -162,14 +163,33 @@ def read_videos(folder: Path, *, num_frames: int) -> np.ndarray:
 
 def build_vae(base_dim: int, num_res_blocks: int) -> Any:
     """Wan's VAE with random weights; latents are not normalised yet."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import (
+        AutoencoderKLWan,
+        WanAttentionBlock,
+        WanResidualBlock,
+    )
+    from torch import nn
 
-    return AutoencoderKLWan(
+    residual_ends: list[Any] = []
+    vae: Any = AutoencoderKLWan(
         base_dim=base_dim,
         num_res_blocks=num_res_blocks,
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)  # pyright: ignore
+        elif isinstance(module, WanResidualBlock):
+            residual_ends.append(module.conv2)
+        elif isinstance(module, WanAttentionBlock):
+            residual_ends.append(module.proj)
+    for conv in residual_ends:  # blocks begin as identities: what comes in gets through
+        nn.init.zeros_(conv.weight)
+    # Noise of size 1 would drown the first latents, and the decoder learn to do without.
+    nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:].detach(), FIRST_LOG_VAR)
+    return vae
 
 
 def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]:
