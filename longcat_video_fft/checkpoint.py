@@ -292,7 +292,8 @@ def engine_state(engine: Any) -> dict[str, Any]:
     # Without the optimizer's options, which are the config's. Torch makes states that are not there
     # yet, but not where someone has touched them: nothing would be read.
     states: Any = optimizer["state"]
-    assert states and all(states.values()), "empty states of the optimizer"
+    assert states
+    assert all(states.values())
     state: dict[str, Any] = {"model": model, "optimizer": states}
     if engine.ema is not None:
         state["ema"] = engine.ema.state_dict()

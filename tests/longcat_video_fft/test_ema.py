@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from longcat_video_fft.ema import Ema
-from tests.longcat_video_fft.small_engine import make_engine, make_inputs, train_steps
-from tests.longcat_video_fft.spawn import join_alone
+from longcat_video_fft.optimizer import local
+from tests.longcat_video_fft.small_engine import (
+    differing,
+    make_engine,
+    make_inputs,
+    own_state,
+    train_steps,
+)
+from tests.longcat_video_fft.spawn import spawn
 
 
 def test_average_warms_up_to_its_decay() -> None:
@@ -39,31 +48,35 @@ def test_average_of_bf16_weights_keeps_small_changes() -> None:
     torch.testing.assert_close(average, torch.full((4, 4), 1 + 2**-7 * (1 - 0.9999**10)))
 
 
+def swap_under_fsdp() -> None:
+    inputs = make_inputs(0)
+    for reshards in (True, False):
+        options: dict[str, Any] = {"ema_decay": 0.5, "fsdp_reshard_after_forward": reshards}
+        engine = make_engine(**options)
+        train_steps(engine, 0, 3)
+        ema = engine.ema
+        assert ema is not None
+        reference = make_engine()
+        for name, param in reference.module.named_parameters():
+            local(param.detach()).copy_(local(ema.averages[name]))
+        with torch.no_grad():
+            own, average = engine.module(*inputs), reference.module(*inputs)
+            assert not torch.equal(own, average)
+            with ema.swapped(engine.module):
+                assert torch.equal(engine.module(*inputs), average)
+            assert torch.equal(engine.module(*inputs), own)
+            with pytest.raises(RuntimeError, match="validating"), ema.swapped(engine.module):
+                raise RuntimeError("while validating")
+            assert torch.equal(engine.module(*inputs), own)
+        train_steps(engine, 3, 4)  # the next step starts from its own, too
+        again = make_engine(**options)
+        train_steps(again, 0, 4)
+        assert differing(own_state(engine), own_state(again)) == []
+
+
 def test_swapped_under_fsdp_and_back() -> None:
     """FSDP keeps some gathered weights after a forward without gradient: they must not be used."""
-    join_alone()
-    engine = make_engine(ema_decay=0.5)
-    train_steps(engine, 0, 3)
-    ema = engine.ema
-    assert ema is not None
-    inputs = make_inputs(0)
-    reference = make_engine()
-    for name, param in reference.module.named_parameters():
-        param.data.copy_(ema.averages[name])
-    with torch.no_grad():
-        own, average = engine.module(*inputs), reference.module(*inputs)
-        assert not torch.equal(own, average)
-        with ema.swapped(engine.module):
-            assert torch.equal(engine.module(*inputs), average)
-        assert torch.equal(engine.module(*inputs), own)
-        with pytest.raises(RuntimeError, match="while validating"), ema.swapped(engine.module):
-            raise RuntimeError("while validating")
-        assert torch.equal(engine.module(*inputs), own)
-    train_steps(engine, 3, 4)  # the next step starts from them, too
-    again = make_engine(ema_decay=0.5)
-    train_steps(again, 0, 4)
-    with torch.no_grad():
-        assert torch.equal(engine.module(*inputs), again.module(*inputs))
+    spawn(swap_under_fsdp)
 
 
 def test_frozen_parameters_have_no_average() -> None:
