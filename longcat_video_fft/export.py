@@ -92,7 +92,7 @@ def read_checkpoint(source: Path, *, use_ema: bool) -> Any:
     from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 
     identity = read_trainer_state(source)["identity"]
-    if use_ema and identity["ema_decay"] is None:
+    if use_ema and not identity["has_ema"]:
         raise ValueError(f"{source}: holds no averaged weights (ema_decay was null). Omit --ema.")
     with torch.device("meta"):
         model: Any = LongCatVideoTransformer3DModel.from_config(identity["transformer"])

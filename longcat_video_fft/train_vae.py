@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("longcat_video_fft")
 
 WARMUP_STEPS = 50
+# The first part is trained on short clips: more steps in the time, and of a causal VAE the same
+# weights.
+SHORT_SHARE, SHORT_FRAMES = 0.6, 5
 FIRST_LOG_VAR = -6.0
 NUM_MEASURED = 1024  # videos whose latents give latents_mean and latents_std
 MEASURED_AT_ONCE = 32
@@ -208,7 +211,10 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
             warm = min(1.0, (step + 1) / WARMUP_STEPS)
             group["lr"] = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
         chosen = torch.randint(len(videos), (args.batch_size,), generator=generator)
-        l1, kl = losses(vae, to_pixels(videos[chosen.to(device)]))
+        clips = videos[chosen.to(device)]
+        if progress < SHORT_SHARE:
+            clips = clips[:, :SHORT_FRAMES]
+        l1, kl = losses(vae, to_pixels(clips))
         (l1 + args.kl_weight * kl).backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
