@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ CHANCE = {"colour": 1 / 8, "direction": 1 / 4, "both": 1 / 32}
 PROMPT_SEED = 1
 BATCH = 50
 GRID_FRAMES = 5
-TEXT_HEIGHT = 14
+GAP = 2  # pixels between frames
+LETTER_WIDTH, LINE_HEIGHT = 6, 13
 
 
 @dataclass
@@ -108,15 +110,19 @@ def draw_grid(path: Path, prompts: Sequence[str], videos: np.ndarray, *, columns
 
     _, num_frames, height, width, _ = videos.shape
     chosen = np.linspace(0, num_frames - 1, min(GRID_FRAMES, num_frames)).round().astype(int)
-    cell = (len(chosen) * (width + 2) + 8, height + TEXT_HEIGHT + 8)
+    strip = len(chosen) * (width + GAP) - GAP
+    texts = [textwrap.wrap(prompt, strip // LETTER_WIDTH) for prompt in prompts]
+    text_height = max(map(len, texts)) * LINE_HEIGHT
+    cell_width, cell_height = strip + 4 * GAP, text_height + height + 4 * GAP
     rows = -(-len(prompts) // columns)
-    picture = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    picture = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(picture)
-    for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
-        left, top = number % columns * cell[0] + 4, number // columns * cell[1] + 4
-        draw.text((left, top), prompt, fill="black")
+    for number, (lines, video) in enumerate(zip(texts, videos, strict=True)):
+        left, top = number % columns * cell_width, number // columns * cell_height
+        for place, line in enumerate(lines):
+            draw.text((left, top + place * LINE_HEIGHT), line, fill="black")
         for place, frame in enumerate(chosen):
-            at = (left + place * (width + 2), top + TEXT_HEIGHT)
+            at = (left + place * (width + GAP), top + text_height)
             picture.paste(Image.fromarray(video[frame]), at)
     picture.save(path, optimize=True)
 

@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 1, "num_heads": 4},
     ),
     "small": (
-        {"hidden_size": 512, "depth": 12, "num_heads": 8, "adaln_tembed_dim": 512},
+        {"hidden_size": 640, "depth": 8, "num_heads": 10, "adaln_tembed_dim": 512},
         {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8},
     ),
     "released": (

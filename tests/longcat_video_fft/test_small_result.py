@@ -79,10 +79,11 @@ def test_the_grid(scenes: list[Any], videos: np.ndarray, tmp_path: Path) -> None
     path = tmp_path / "grid.png"
     judge.draw_grid(path, [s.caption for s in scenes[:3]], videos[:3])
     picture = np.asarray(Image.open(path))
-    assert picture.shape == (2 * (64 + 14 + 8), 2 * (5 * 98 + 8), 3)
-    # The last frame of the second prompt, right of the first.
-    left, top = 5 * 98 + 8 + 4 + 4 * 98, 4 + 14
-    np.testing.assert_array_equal(picture[top : top + 64, left : left + 96], videos[1, -1])
+    cell_width, cell_height = 5 * 98 - 2 + 8, 13 + 64 + 8  # one line of text each
+    assert picture.shape == (2 * cell_height, 2 * cell_width, 3)
+    # The last frame of the second prompt, right of the first's strip.
+    left = cell_width + 4 * 98
+    np.testing.assert_array_equal(picture[13:77, left : left + 96], videos[1, -1])
     assert path.stat().st_size < 200_000
 
 
