@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from longcat_video_fft.artifacts import check_free_disk
 
@@ -145,7 +145,7 @@ class Checkpointer:
         self.is_main = dist.get_rank() == 0
         self.group: Any = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
         has_gpu = engine.device.type == "cuda"
-        # Pinned buffers that are kept from save to save: the second stalls for the copy alone.
+        # Pinned buffers that are kept from save to save.
         self.stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=has_gpu,
@@ -154,6 +154,8 @@ class Checkpointer:
                 use_non_blocking_copy=has_gpu,
             )
         )
+        if engine.optimizer.state:  # the buffers now, so that no save waits for them
+            self.stager.stage(engine_state(engine))
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
         self.step = -1  # of the last save
@@ -177,13 +179,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier(group=self.group)
-        response = async_save(
-            engine_state(self.engine),
-            storage_writer=StateWriter(partial / "state", sync_files=True),
-            process_group=self.group,
-            async_stager=self.stager,
-        )
-        self.pending = self.executor.submit(self._finish, response, partial, global_step)
+        staged = self.stager.stage(engine_state(self.engine))
+        self.pending = self.executor.submit(self._write, staged, partial, global_step)
         return time.perf_counter() - started
 
     def poll(self) -> None:
@@ -236,10 +233,14 @@ class Checkpointer:
             f"{full or texts[0]}; {last}. {remedy}, and go on with --resume_from_checkpoint latest."
         )
 
-    def _finish(self, response: Any, partial: Path, global_step: int) -> None:
-        """In a thread, without collectives: the main process's result stands for all (DCP collects
-        what each has written), and it alone makes the folder final."""
-        response.result()
+    def _write(self, staged: Any, partial: Path, global_step: int) -> None:
+        """In a thread, as torch's async_save, which in torch 2.11 gives up the buffers each time.
+
+        The main process's return from `save` stands for all, since DCP collects what each has
+        written: without another collective it makes the folder final.
+        """
+        writer = StateWriter(partial / "state", sync_files=True)
+        save(staged, storage_writer=writer, process_group=self.group)
         if not self.is_main:
             return
         files = sorted(path for path in partial.rglob("*") if path.is_file())

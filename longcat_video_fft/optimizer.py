@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from longcat_video_fft.config import TrainConfig
 
@@ -93,23 +93,48 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0, **defaults})
         self.eight_bit = eight_bit
         self.seed = seed
+        self.first = {}  # element of this process's part, by parameter
         for group in self.param_groups:
             for param in group["params"]:
+                self.first[param] = first_element(param)
                 self._init_state(param, self.state[param])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore
         assert closure is None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # First all numbers, in two tables: a copy to the GPU for each would take longer than the
+        # updates themselves.
+        chunks, hyper, keys = [], [], []
         number = 0
-        is_streaming = False
         for group in self.param_groups:
             for param in group["params"]:
                 number += 1
                 if param.grad is None:
                     continue
-                self.state[param]["step"] += 1
-                self._update(param, self.state[param], group, number)
-                is_streaming |= param.device.type == "cpu" and torch.cuda.is_available()
+                state = self.state[param]
+                state["step"] += 1
+                step = int(state["step"])
+                key = random_keys(self.seed, step, number)
+                for start, chunk in self._chunks(param, state, CHUNK[device.type]):
+                    chunks.append(chunk)
+                    hyper.append(hyper_parameters(group, step))
+                    keys.append([*key, to_int32(self.first[param] + start)])
+        kernel = pick_kernel(device.type, self.eight_bit)
+        rows = zip(
+            chunks,
+            torch.tensor(hyper, dtype=torch.float32).to(device).unbind(),
+            torch.tensor(keys, dtype=torch.int32).to(device).unbind(),
+            strict=True,
+        )
+        is_streaming = False
+        for chunk, chunk_hyper, chunk_keys in rows:
+            here = {name: part.to(device, non_blocking=True) for name, part in chunk.items()}
+            kernel(here, chunk_hyper, chunk_keys)
+            if chunk["weights"].device.type != device.type:
+                is_streaming = True
+                for name in chunk.keys() - {"grads"}:
+                    chunk[name].copy_(here[name], non_blocking=True)
         if is_streaming:  # the copies back to host memory may still be under way
             torch.cuda.synchronize()
 
@@ -136,8 +161,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 rows = param.detach().flatten(1)[:, :1].contiguous()
                 state[f"{name}_scale"] = torch.zeros_like(rows, dtype=torch.float32)
 
-    def _update(self, param: Tensor, state: dict[str, Any], group: Any, number: int) -> None:
-        tensors = {"weights": local(param.detach()), "grads": local(param.grad)}
+    def _chunks(
+        self, param: Tensor, state: dict[str, Any], size: int
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(place of its first element, tensors as `adamw_update` takes them), some `size` each."""
+        tensors = {"weights": local(param), "grads": local(param.grad)}
         tensors |= {name: local(value) for name, value in state.items() if name != "step"}
         if tensors["weights"].numel() == 0:
             return
@@ -150,25 +178,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 tensors[name] = value.reshape(shape)
             elif not name.endswith("_scale"):
                 tensors[name] = value.view(shape)
-        step = int(state["step"])
-        hyper = hyper_parameters(group, step)
-        keys, first = random_keys(self.seed, step, number), first_element(param)
-        home = tensors["weights"].device
-        device = torch.device("cuda") if torch.cuda.is_available() else home
-        kernel = pick_kernel(device.type, self.eight_bit)
-        count = max(1, CHUNK[device.type] // width)
+        count = max(1, size // width)
         for start in range(0, len(tensors["weights"]), count):
-            views = {name: value[start : start + count] for name, value in tensors.items()}
-            here = {name: view.to(device, non_blocking=True) for name, view in views.items()}
-            numbers = [*keys, to_int32(first + start * width)]
-            kernel(
-                here,
-                hyper.to(device, non_blocking=True),
-                torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True),
-            )
-            if device.type != home.type:
-                for name in views.keys() - {"grads"}:
-                    views[name].copy_(here[name], non_blocking=True)
+            part = slice(start, start + count)
+            yield start * width, {name: value[part] for name, value in tensors.items()}
 
 
 def adamw_update(tensors: dict[str, Tensor], hyper: Tensor, keys: Tensor) -> None:
@@ -190,11 +203,10 @@ def adamw_update(tensors: dict[str, Tensor], hyper: Tensor, keys: Tensor) -> Non
     rms = read_state(tensors, "exp_avg_rms")
     rms = (rms * rms * beta2 + grads * grads * rest2).sqrt()
     updated = weights.float() * kept - step_size * (avg / (rms * unbias + eps))
-    bits = random_bits(keys, weights)
+    bits = random_bits(keys, weights)  # whose halves do for two
     weights.copy_(round_stochastically(updated, weights.dtype, bits))
-    bits = mix(bits ^ 0x3C6EF372)
-    write_state(tensors, "exp_avg", avg, bits)
-    write_state(tensors, "exp_avg_rms", rms, mix(bits ^ 0x1B873593))
+    write_state(tensors, "exp_avg", avg, bits << 16)
+    write_state(tensors, "exp_avg_rms", rms, mix(bits, keys[1]))
 
 
 def pick_kernel(device: str, eight_bit: bool) -> Any:
@@ -209,19 +221,17 @@ def _compiled_update() -> Any:
     return torch.compile(adamw_update, dynamic=True, fullgraph=True)
 
 
-def hyper_parameters(group: dict[str, Any], step: int) -> Tensor:
-    """(8,) fp32: what `adamw_update` takes at the 1-based `step`."""
+def hyper_parameters(group: dict[str, Any], step: int) -> list[float]:
+    """The 8 numbers that `adamw_update` takes, at the 1-based `step`."""
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
-    return torch.tensor(
-        [
-            beta1, 1 - beta1, beta2, 1 - beta2,
-            1 - lr * group["weight_decay"],
-            lr / (1 - beta1**step),
-            1 / math.sqrt(1 - beta2**step),
-            group["eps"],
-        ]
-    )  # fmt: skip
+    return [
+        beta1, 1 - beta1, beta2, 1 - beta2,
+        1 - lr * group["weight_decay"],
+        lr / (1 - beta1**step),
+        1 / math.sqrt(1 - beta2**step),
+        group["eps"],
+    ]  # fmt: skip
 
 
 def local(value: Any) -> Tensor:
@@ -257,12 +267,13 @@ def random_bits(keys: Tensor, like: Tensor) -> Tensor:
         keys: (3,) int32: two keys and the place of the first element, which may wrap around.
     """
     place = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    return mix(mix((place + keys[2]) ^ keys[0]) ^ keys[1])
+    return mix(place + (keys[0] + keys[2]), keys[1])
 
 
-def mix(x: Tensor) -> Tensor:
-    """A 32-bit mixing function (lowbias32, github.com/skeeto/hash-prospector) on int32."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+def mix(x: Tensor, key: Tensor) -> Tensor:
+    """A 32-bit mixing function (lowbias32, github.com/skeeto/hash-prospector) on int32, with a key
+    between its rounds."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D + key
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846CA68B
     return x ^ ((x >> 16) & 0xFFFF)
 
@@ -294,11 +305,11 @@ def write_state(tensors: dict[str, Tensor], name: str, values: Tensor, bits: Ten
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Rounds float32 up or down with the probabilities that keep the mean.
 
-    Adds random bits below the kept mantissa and cuts: bf16 keeps 7 of the 23 bits, float8 3, but
-    near 0, where float8's spacing does not shrink any more.
+    Adds random bits, the upper ones of `bits`, below the kept mantissa and cuts: bf16 keeps 7 of
+    the 23 bits, float8 3, but near 0, where float8's spacing does not shrink any more.
     """
     dropped = 16 if dtype == torch.bfloat16 else 20
-    noise = bits & ((1 << dropped) - 1)
+    noise = (bits >> (32 - dropped)) & ((1 << dropped) - 1)
     kept = ((values.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
     if dtype != torch.bfloat16:
         size = (values.abs() / FLOAT8_MIN + noise * 2.0**-dropped).floor() * FLOAT8_MIN

@@ -45,8 +45,9 @@ def bits(count: int, *parts: object, first: int = 0) -> Tensor:
                        torch.empty(count))  # fmt: skip
 
 
-def lowbias32(x: int) -> int:
-    x = (x ^ (x >> 16)) * 0x7FEB352D % (1 << 32)
+def keyed_lowbias32(x: int, key: int) -> int:
+    x %= 1 << 32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D + key) % (1 << 32)
     x = (x ^ (x >> 15)) * 0x846CA68B % (1 << 32)
     return x ^ (x >> 16)
 
@@ -136,7 +137,7 @@ def test_bits_belong_to_places() -> None:
     # The published function in unsigned arithmetic, which every machine must repeat.
     keys = [key % (1 << 32) for key in random_keys(7, 3, 2)]
     assert [word % (1 << 32) for word in whole[:50].tolist()] == [
-        lowbias32(lowbias32(place ^ keys[0]) ^ keys[1]) for place in range(50)
+        keyed_lowbias32(place + keys[0], keys[1]) for place in range(50)
     ]
 
 
