@@ -340,3 +340,22 @@ def test_schedules() -> None:
     assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
     assert scales("cosine", 0)[0] == 1.0
     assert scales("linear", 20)[-1] == 0.5  # a run shorter than its warmup
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer_name", LOW)
+def test_the_gpu_updates_as_the_cpu_does(
+    optimizer_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled kernel, for parameters there and for offloaded ones, against plain PyTorch."""
+    on_gpu = results(optimizer_name, lambda value: value.cuda())
+    offloaded = results(optimizer_name, lambda value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = results(optimizer_name, lambda value: value)
+    for there, streamed, here in zip(on_gpu, offloaded, expected, strict=True):
+        for name, value in here.items():
+            assert torch.equal(there[name].cpu(), streamed[name])
+            # A product and a sum in one instruction may round otherwise, and then up for down.
+            torch.testing.assert_close(streamed[name], value, rtol=0.13, atol=1e-3)
+            assert (streamed[name] != value).double().mean() < 0.1 or name.endswith("_scale")
