@@ -42,7 +42,9 @@ OPTIONS: dict[str, Any] = {
 
 def configure(tiny: Tiny, folder: Path, **options: Any) -> Path:
     """A config whose outputs go below `folder`."""
-    out = {"output_dir": str(folder / "out"), "logging_dir": str(folder / "logs")}
+    out: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "logging_dir": str(folder / "logs"),
+    }  # fmt: skip
     return write_configs(folder, tiny, **OPTIONS | out | options)
 
 

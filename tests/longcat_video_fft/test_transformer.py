@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,8 +128,9 @@ def test_blocks_compile_to_one_graph(
     for block in model.blocks:
         if mode is not None:
             block.checkpoint_context = checkpoint_context(mode)  # pyright: ignore
+        work: Any = block._work
         block.work = torch.compile(  # pyright: ignore
-            block._work, fullgraph=True, dynamic=False, backend="aot_eager"
+            work, fullgraph=True, dynamic=False, backend="aot_eager"
         )
     again, grads_again = run(model, mask=mask)
     assert counters["stats"]["unique_graphs"] == 1
