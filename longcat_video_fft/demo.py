@@ -12,18 +12,15 @@ learn.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from longcat_video_fft import judge
+from longcat_video_fft.judge import draw_grid, generate_videos, read_prompts
 from longcat_video_fft.precompute import start_logging
-from longcat_video_fft.trial import ROOT, Trial, read_stages, run, run_stage, say
-
-logger = logging.getLogger("longcat_video_fft")
+from longcat_video_fft.trial import ROOT, Trial, run, run_stage, say, stage_seconds
 
 OUT = ROOT / "runs" / "demo" / "longcat_video_fft"
 ACCELERATE = (
@@ -31,7 +28,7 @@ ACCELERATE = (
     "--mixed_precision=no", "--dynamo_backend=no",
 )  # fmt: skip
 STEPS, GUIDANCE = 20, 4.0
-GRID_PROMPTS = 4
+NUM_PROMPTS = 4
 MAX_LOSS_SHARE = 0.75  # of the first losses, that the last ones may be
 AVERAGED = 5  # log lines
 
@@ -42,7 +39,7 @@ def demo_trial(out: Path) -> Trial:
         configs=Path(__file__).parent / "demo",
         size="demo",
         num_videos=192,
-        num_held_out=GRID_PROMPTS,
+        num_held_out=NUM_PROMPTS,
         width=48,
         height=32,
         num_frames=5,
@@ -76,28 +73,22 @@ def main() -> int:
 
 def use(trial: Trial) -> dict[str, Any]:
     """Generates with what was trained; returns the numbers."""
-    scenes = judge.held_out_prompts(GRID_PROMPTS)
-    prompts = [scene.caption for scene in scenes]
-    shape: dict[str, int] = {
-        "num_frames": trial.num_frames, "height": trial.height, "width": trial.width,
-    }  # fmt: skip
+    prompts = list(read_prompts(trial).values())
     say("\n== use\n")
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in shape.items()]
     run(
         trial, "longcat_video_fft.generate", "--model", "export", "--prompt", prompts[0],
-        "--num-inference-steps", STEPS, *sizes, "--output", "generated.mp4",
+        "--num-inference-steps", STEPS, "--num-frames", trial.num_frames,
+        "--height", trial.height, "--width", trial.width, "--output", "generated.mp4",
     )  # fmt: skip
-    videos = judge.generate_videos(
-        trial.out / "export", prompts, steps=STEPS, guidance=GUIDANCE, **shape
-    )
-    judge.draw_grid(trial.out / "grid.png", prompts, videos, columns=1)
+    videos = generate_videos(trial, prompts, steps=STEPS, guidance=GUIDANCE)
+    draw_grid(trial.out / "grid.png", prompts, videos, columns=1)
     steps, losses = read_losses(trial.out / "output" / "metrics.jsonl")
     plot(trial.out / "loss.png", steps, losses)
     return {
         "steps": steps[-1],
         "first_loss": sum(losses[:AVERAGED]) / AVERAGED,
         "last_loss": sum(losses[-AVERAGED:]) / AVERAGED,
-        "stage_seconds": read_stages(trial.out),
+        "stage_seconds": stage_seconds(trial.out),
         "vae": json.loads((trial.out / "vae" / "training.json").read_text()),
     }
 

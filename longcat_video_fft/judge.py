@@ -1,107 +1,93 @@
-"""What a model of a trial makes of prompts that it never saw, judged by a detector of colours and
-directions; with a picture of the first ones.
+"""What a trial's model makes of prompts with combinations that no training video shows.
 
-    prompts of unseen combinations -> videos -> data.shapes.read_video -> shares that are right
+    captions of HELD_OUT -> videos -> OUT/generated/*.mp4 -> data.read_videos -> shares right
+                                   -> grid.png
 
-Used by trial's demo.py and small_result.py. Chance is 1/8 for the colour and 1/4 for the direction;
-beside it stands what the same videos get when each is held against another one's prompt.
+The detector lies in the repository's data/, beside this folder, and looks at the finished mp4
+files. small_result.py and demo.py use this.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import subprocess
 import textwrap
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longcat_video_fft.trial import HELD_OUT, command, environment, say, shown
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CHANCE = {"colour": 1 / 8, "direction": 1 / 4, "both": 1 / 32}
-PROMPT_SEED = 1
+    from longcat_video_fft.trial import Trial
+
 BATCH = 50
 GRID_FRAMES = 5
 GAP = 2  # pixels between frames
 LETTER_WIDTH, LINE_HEIGHT = 6, 13
 
 
-@dataclass
-class Reading:
-    """One prompt, and what its video shows."""
-
-    prompt: str
-    colour: str
-    direction: str
-    seen_colour: str | None
-    seen_direction: str | None
-
-
-def held_out_prompts(count: int) -> list[Any]:
-    """Scenes whose combination of colour, shape and direction no training video shows."""
-    return [_shapes().scene_of(PROMPT_SEED, i, split="held_out") for i in range(count)]
+def read_prompts(trial: Trial) -> dict[str, str]:
+    """By name, in the names' order."""
+    paths = sorted((trial.out / HELD_OUT).rglob("*.txt"))
+    return {path.stem: path.read_text("utf-8") for path in paths}
 
 
 def generate_videos(
-    model: Path, prompts: Sequence[str], *, num_frames: int, height: int, width: int,
-    steps: int, guidance: float, seed: int = 0,
-) -> np.ndarray:  # fmt: skip
+    trial: Trial, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0
+) -> np.ndarray:
     """(N, T, H, W, 3) uint8, by the pipeline's own call."""
     import torch
 
     from longcat_video_fft.generate import load_pipeline
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(model, dtype=torch.bfloat16 if device.type == "cuda" else None)
-    pipe.to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    pipe = load_pipeline(trial.out / "export", dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(prompts), BATCH):
         frames = pipe(
-            list(prompts[start : start + BATCH]), "", height=height, width=width,
-            num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
+            list(prompts[start : start + BATCH]), "", height=trial.height, width=trial.width,
+            num_frames=trial.num_frames, num_inference_steps=steps, guidance_scale=guidance,
             generator=generator, output_type="np",
         ).frames  # fmt: skip
         parts.append((frames * 255 + 0.5).astype(np.uint8))
     return np.concatenate(parts)
 
 
-def read_videos(scenes: Sequence[Any], videos: np.ndarray) -> list[Reading]:
-    readings = []
-    for scene, video in zip(scenes, videos, strict=True):
-        colour, direction = _shapes().read_video(video)
-        readings.append(Reading(scene.caption, scene.colour, scene.direction, colour, direction))
-    return readings
+def judge(trial: Trial, folder: str, names: Sequence[str], videos: np.ndarray) -> dict[str, Any]:
+    """Writes OUT/`folder`/NAME.mp4 and OUT/`folder`.jsonl; returns what data.read_videos says.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    from longcat_video_fft.video_file import write_mp4
+
+    for name, video in zip(names, videos, strict=True):
+        write_mp4(trial.out / folder / f"{name}.mp4", video)
+    words = command("data.read_videos", folder, HELD_OUT, "--readings", f"{folder}.jsonl")
+    say(f"$ {shown(words)}\n")
+    done = subprocess.run(
+        words, cwd=trial.out, env=environment(), stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"data.read_videos: failed with exit status {done.returncode}")
+    return json.loads(done.stdout)
 
 
-def shares(readings: Sequence[Reading], *, turned: int = 0) -> dict[str, float]:
-    """How many are right; with `turned`, each held against the prompt so many places on."""
-    asked = [*readings[turned:], *readings[:turned]]
-    pairs = list(zip(asked, readings, strict=True))
-    colour = [a.colour == r.seen_colour for a, r in pairs]
-    direction = [a.direction == r.seen_direction for a, r in pairs]
-    both = [c and d for c, d in zip(colour, direction, strict=True)]
-    named = {"colour": colour, "direction": direction, "both": both}
-    return {name: sum(right) / len(right) for name, right in named.items()}
-
-
-def describe(title: str, readings: Sequence[Reading]) -> str:
-    right, other = shares(readings), shares(readings, turned=1)
+def describe(result: dict[str, Any]) -> str:
+    """The shares in one line."""
     parts = [
-        f"{name} {right[name]:.0%} (against another prompt {other[name]:.0%}, chance {chance:.0%})"
-        for name, chance in CHANCE.items()
+        f"{name} {share:.0%} (another prompt's {result['against_another_caption'][name]:.0%}, "
+        f"chance {result['chance'][name]:.1%})"
+        for name, share in result["right"].items()
     ]
-    return f"{title}: {', '.join(parts)}, of {len(readings)} prompts"
-
-
-def write_readings(path: Path, readings: Sequence[Reading]) -> None:
-    lines = [json.dumps(asdict(reading)) for reading in readings]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"right of {result['videos']} prompts: {', '.join(parts)}"
 
 
 def draw_grid(path: Path, prompts: Sequence[str], videos: np.ndarray, *, columns: int = 2) -> None:
@@ -125,12 +111,3 @@ def draw_grid(path: Path, prompts: Sequence[str], videos: np.ndarray, *, columns
             at = (left + place * (width + GAP), top + text_height)
             picture.paste(Image.fromarray(video[frame]), at)
     picture.save(path, optimize=True)
-
-
-def _shapes() -> Any:
-    """data/ lies beside this folder in the repository; it is no part of it."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from data import shapes
-
-    return shapes

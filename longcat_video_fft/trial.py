@@ -10,7 +10,6 @@ are copied to OUT; their relative paths are meant from there.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -20,12 +19,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-logger = logging.getLogger("longcat_video_fft")
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = "stages.json"
@@ -75,24 +72,43 @@ def run_stage(trial: Trial, name: str, work: Callable[[Trial], None]) -> None:
         OutOfTimeError: this call's time is up.
         SystemExit: one of its commands failed.
     """
-    done = read_stages(trial.out)
-    if name in done:
-        say(f"== {name}: done before, in {done[name]:.0f} s\n")
+    stages = read_stages(trial.out)
+    before = stages.setdefault(name, {"seconds": 0.0, "is_done": False})
+    if before["is_done"]:
+        say(f"== {name}: done before, in {before['seconds']:.0f} s\n")
         return
     if trial.seconds_left <= 0:
         raise OutOfTimeError(f"no time is left for the stage {name}")
     say(f"\n== {name}\n")
     started = time.monotonic()
-    work(trial)
-    done = read_stages(trial.out)
-    done[name] = done.get(name, 0.0) + time.monotonic() - started
-    (trial.out / STAGES).write_text(json.dumps(done, indent=2) + "\n")
+    try:
+        work(trial)
+        before["is_done"] = True
+    finally:
+        before["seconds"] += time.monotonic() - started
+        write_stages(trial.out, stages)
 
 
-def read_stages(out: Path) -> dict[str, float]:
-    """Seconds by the name of a finished stage."""
+def reopen_stages(out: Path, *names: str) -> None:
+    """These stages are done again, or go on; their seconds add up."""
+    stages = read_stages(out)
+    for name in set(names) & set(stages):
+        stages[name]["is_done"] = False
+    write_stages(out, stages)
+
+
+def read_stages(out: Path) -> dict[str, dict[str, Any]]:
+    """By the name of a stage that was begun: seconds so far, is_done."""
     path = out / STAGES
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def stage_seconds(out: Path) -> dict[str, float]:
+    return {name: round(stage["seconds"], 1) for name, stage in read_stages(out).items()}
+
+
+def write_stages(out: Path, stages: dict[str, dict[str, Any]]) -> None:
+    (out / STAGES).write_text(json.dumps(stages, indent=2) + "\n")
 
 
 def make_data(trial: Trial) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.shapes import is_held_out, list_combinations, render_scene
+from data.shapes import Combination, list_combinations, parse_caption, render_scene, scene_of
 from longcat_video_fft import judge, small_result, trial
 from longcat_video_fft.config import load_config
 from longcat_video_fft.data_config import load_data_config
@@ -29,55 +29,45 @@ def make_trial(out: Path, **changes: Any) -> Trial:
     return Trial(**(options | changes))
 
 
-@pytest.fixture(scope="module")
-def scenes() -> list[Any]:
-    return judge.held_out_prompts(40)
+def test_prompts_are_of_combinations_that_training_never_sees(tmp_path: Path) -> None:
+    this = make_trial(tmp_path, num_videos=40, num_held_out=40)
+    trial.make_data(this)
+    prompts = judge.read_prompts(this)
+    assert list(prompts) == [f"{n:06d}" for n in range(40)]
+    asked = {combination(text) for text in prompts.values()}
+    trained = {combination(path.read_text()) for path in (tmp_path / "train").rglob("*.txt")}
+    assert len(asked) > 10
+    assert asked <= set(list_combinations("held_out"))
+    assert trained <= set(list_combinations("train"))
 
 
-@pytest.fixture(scope="module")
-def videos(scenes: list[Any]) -> np.ndarray:
-    return np.stack([render_scene(s, width=96, height=64, num_frames=13) for s in scenes])
+def combination(caption: str) -> Combination:
+    told = parse_caption(caption)
+    return Combination(told.colour, told.shape, told.direction)
 
 
-def test_prompts_show_combinations_that_training_never_sees(scenes: list[Any]) -> None:
-    trained = set(list_combinations("train"))
-    for scene in scenes:
-        combination = (scene.colour, scene.shape, scene.direction)
-        assert combination not in trained
-        assert is_held_out(combination)  # pyright: ignore[reportArgumentType]
-    assert len({(s.colour, s.shape, s.direction) for s in scenes}) > 15
+def test_videos_are_judged_as_files(tmp_path: Path) -> None:
+    this = make_trial(tmp_path, width=96, height=64, num_frames=13, num_videos=1, num_held_out=6)
+    trial.make_data(this)
+    scenes = [scene_of(0, n, split="held_out") for n in range(6)]
+    videos = np.stack([render_scene(s, width=96, height=64, num_frames=13) for s in scenes])
+    videos[0] = videos[0, ::-1]
+    result = judge.judge(this, "generated", list(judge.read_prompts(this)), videos)
+    assert result["right"] == {"colour": 1.0, "direction": 5 / 6, "both": 5 / 6}
+    text = judge.describe(result)
+    assert text.startswith("right of 6 prompts: colour 100% (another prompt's ")
+    assert "chance 12.5%" in text
+    assert len(list((tmp_path / "generated").glob("*.mp4"))) == 6
+    assert len((tmp_path / "generated.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(SystemExit, match="read_videos: failed"):
+        judge.judge(this, "odd", ["nobody"], videos[:1])
 
 
-def test_right_videos_are_right_and_others_near_chance(
-    scenes: list[Any], videos: np.ndarray
-) -> None:
-    readings = judge.read_videos(scenes, videos)
-    assert judge.shares(readings) == {"colour": 1.0, "direction": 1.0, "both": 1.0}
-    other = judge.shares(readings, turned=1)
-    assert other["colour"] < 0.4
-    assert other["direction"] < 0.6
-    assert other["both"] < 0.2
-
-
-def test_each_mistake_counts_where_it_belongs(scenes: list[Any], videos: np.ndarray) -> None:
-    backwards = judge.shares(judge.read_videos(scenes, videos[:, ::-1]))
-    assert backwards == {"colour": 1.0, "direction": 0.0, "both": 0.0}
-    still = judge.shares(judge.read_videos(scenes, videos[:, :1].repeat(13, axis=1)))
-    assert still == {"colour": 1.0, "direction": 0.0, "both": 0.0}
-    empty = judge.shares(judge.read_videos(scenes, np.zeros_like(videos)))
-    assert empty == {"colour": 0.0, "direction": 0.0, "both": 0.0}
-
-
-def test_the_description_tells_chance(scenes: list[Any], videos: np.ndarray) -> None:
-    text = judge.describe("guidance 4", judge.read_videos(scenes, videos))
-    assert "colour 100%" in text
-    assert "chance 12%" in text
-    assert "of 40 prompts" in text
-
-
-def test_the_grid(scenes: list[Any], videos: np.ndarray, tmp_path: Path) -> None:
+def test_the_grid(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
-    judge.draw_grid(path, [s.caption for s in scenes[:3]], videos[:3])
+    scenes = [scene_of(0, n) for n in range(3)]
+    videos = np.stack([render_scene(s, width=96, height=64, num_frames=13) for s in scenes])
+    judge.draw_grid(path, [scene.caption for scene in scenes], videos)
     picture = np.asarray(Image.open(path))
     cell_width, cell_height = 5 * 98 - 2 + 8, 13 + 64 + 8  # one line of text each
     assert picture.shape == (2 * cell_height, 2 * cell_width, 3)
@@ -109,14 +99,22 @@ def test_a_stage_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     for _ in range(2):
         trial.run_stage(this, "data", lambda _: calls.append(1))
     assert len(calls) == 1
-    assert list(json.loads((tmp_path / trial.STAGES).read_text())) == ["data"]
+    assert trial.read_stages(tmp_path)["data"]["is_done"]
 
     def fail(_: Trial) -> None:
         raise SystemExit("failed")
 
     with pytest.raises(SystemExit):
         trial.run_stage(this, "vae", fail)
-    assert list(trial.read_stages(tmp_path)) == ["data"]
+    assert not trial.read_stages(tmp_path)["vae"]["is_done"]
+
+
+def test_a_stage_goes_on_and_its_seconds_add_up(tmp_path: Path) -> None:
+    this = make_trial(tmp_path)
+    for _ in range(2):
+        trial.run_stage(this, "train", lambda _: time.sleep(0.2))
+        trial.reopen_stages(tmp_path, "train", "export")
+    assert trial.stage_seconds(tmp_path)["train"] >= 0.4
 
 
 def test_no_stage_starts_without_time(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_time_ends_the_training_by_a_signal(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('seen').touch(), sys.exit(0)))\n"
         "time.sleep(60)\n"
     )
-    started = trial.Trial.__dataclass_fields__["started"].default_factory()  # pyright: ignore
+    started = time.monotonic()
     this = make_trial(tmp_path, launcher=("-c", program), seconds=2.0, started=started)
     trial.train(this)
     assert (tmp_path / "seen").is_file()
