@@ -128,7 +128,8 @@ def parallelize(model: Any, config: TrainConfig, mesh: DeviceMesh) -> None:
     )
     for block in blocks:
         if block in swapped_blocks(model, config):
-            shard(block, offload_policy=CPUOffloadPolicy())
+            pins = mesh.device_type == "cuda"
+            shard(block, offload_policy=CPUOffloadPolicy(pin_memory=pins))
         else:
             shard(block)
     shard(model)

@@ -139,9 +139,9 @@ def test_three_and_three_steps_are_six(
         (1, {"gradient_accumulation_steps": 4}),
         (2, {"gradient_accumulation_steps": 4, "context_parallel_size": 2}),
         (2, {"fsdp_replicate_size": 2}),
-        (2, {"gradient_checkpointing_mode": "full", "uncheckpointed_blocks": 1}),
+        (2, {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1}),
     ],
-    ids=["one process", "context parallel", "replicas", "full checkpointing"],
+    ids=["one process", "context parallel", "replicas", "recomputing and offload"],
 )
 def test_other_layouts_go_on_alike(
     tiny: Tiny, whole: tuple[Path, str], again: Path, processes: int, options: dict[str, Any]
