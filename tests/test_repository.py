@@ -32,7 +32,7 @@ ROOT_FILES = {
 MAX_BYTES = 600_000  # but tests/reference/*.safetensors
 LOCKED_EXTRAS = ("data", "demo", "eval", "obstore", "dev")
 # Comes with another dependency that pins what fits, so that a pin of ours could only disagree.
-COMES_WITH = {"botocore": "boto3", "tokenizers": "transformers"}
+COMES_WITH = {"botocore": "boto3", "tokenizers": "transformers", "triton": "torch"}
 PACKAGE_OF_MODULE = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from longcat_video_fft import s3_storage
 from longcat_video_fft.s3_storage import S3Options, S3Storage, open_s3
@@ -58,6 +59,13 @@ def open_films(url: str, prefix: str, **options: Any) -> S3Storage:
 def open_many(url: str, prefix: str) -> Storage:
     """The storage for a prefix of `s3_many_bucket`."""
     return open_s3(S3Options(bucket=MANY_BUCKET, prefix=prefix, endpoint_url=url))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_outlives_a_file() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

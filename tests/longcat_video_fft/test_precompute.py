@@ -91,7 +91,7 @@ def test_a_plan_makes_nothing(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_more_processes_make_the_same(
     tiny: Tiny, tmp_path: Path, undisturbed: Both, processes: int
 ) -> None:

@@ -138,10 +138,10 @@ def test_three_and_three_steps_are_six(
     [
         (1, {"gradient_accumulation_steps": 4}),
         (2, {"gradient_accumulation_steps": 4, "context_parallel_size": 2}),
-        (2, {"fsdp_replicate_size": 2}),
         (2, {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1}),
+        pytest.param(2, {"fsdp_replicate_size": 2}, marks=pytest.mark.long),
     ],
-    ids=["one process", "context parallel", "replicas", "recomputing and offload"],
+    ids=["one process", "context parallel", "recomputing and offload", "replicas"],
 )
 def test_other_layouts_go_on_alike(
     tiny: Tiny, whole: tuple[Path, str], again: Path, processes: int, options: dict[str, Any]
@@ -153,7 +153,9 @@ def test_other_layouts_go_on_alike(
     assert list(losses(again).values()) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_bf16", pytest.param("adamw_8bit", marks=pytest.mark.long)]
+)
 def test_low_precision_trains(tiny: Tiny, again: Path, optimizer: str) -> None:
     shutil.rmtree(again / "out")
     options = {"mixed_precision": "bf16", "max_train_steps": 2, "ema_decay": None}
