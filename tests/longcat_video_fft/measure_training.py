@@ -105,10 +105,9 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         "grad_norm": engine.grad_norm,
     }  # fmt: skip
     if args.checkpoint:
-        result["checkpoint"] = measure_checkpoint(
-            engine, Path(args.checkpoint), args.steps, do_step
-        )
-        result["checkpoint"]["losses"] = losses[args.steps :]
+        folder = Path(args.checkpoint)
+        result["checkpoint"] = measure_checkpoint(engine, folder, args.steps, do_step)
+        result["losses_before_and_after_resume"] = losses[args.steps :]
     if args.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             do_step(args.steps)
