@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longcat_video_fft.judge import draw_grid, generate_videos, read_prompts
+from longcat_video_fft.judge import draw_grid, generate_videos, load, read_prompts
 from longcat_video_fft.precompute import start_logging
 from longcat_video_fft.trial import ROOT, Trial, run, run_stage, say, stage_seconds
 
@@ -80,7 +80,7 @@ def use(trial: Trial) -> dict[str, Any]:
         "--num-inference-steps", STEPS, "--num-frames", trial.num_frames,
         "--height", trial.height, "--width", trial.width, "--output", "generated.mp4",
     )  # fmt: skip
-    videos = generate_videos(trial, prompts, steps=STEPS, guidance=GUIDANCE)
+    videos = generate_videos(load(trial), trial, prompts, steps=STEPS, guidance=GUIDANCE)
     draw_grid(trial.out / "grid.png", prompts, videos, columns=1)
     steps, losses = read_losses(trial.out / "output" / "metrics.jsonl")
     plot(trial.out / "loss.png", steps, losses)

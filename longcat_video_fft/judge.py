@@ -36,10 +36,8 @@ def read_prompts(trial: Trial) -> dict[str, str]:
     return {path.stem: path.read_text("utf-8") for path in paths}
 
 
-def generate_videos(
-    trial: Trial, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0
-) -> np.ndarray:
-    """(N, T, H, W, 3) uint8, by the pipeline's own call."""
+def load(trial: Trial) -> Any:
+    """The exported pipeline, on the GPU where there is one."""
     import torch
 
     from longcat_video_fft.generate import load_pipeline
@@ -48,6 +46,15 @@ def generate_videos(
     dtype = torch.bfloat16 if device.type == "cuda" else None
     pipe = load_pipeline(trial.out / "export", dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate_videos(
+    pipe: Any, trial: Trial, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0
+) -> np.ndarray:
+    """(N, T, H, W, 3) uint8, by the pipeline's own call."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(prompts), BATCH):

@@ -36,6 +36,7 @@ WARMUP_STEPS = 50
 # weights.
 SHORT_SHARE, SHORT_FRAMES = 0.6, 5
 FIRST_LOG_VAR = -6.0
+CONTRAST_WEIGHT, SQUARE_WEIGHT = 8.0, 2.0  # in the loss
 NUM_MEASURED = 1024  # videos whose latents give latents_mean and latents_std
 MEASURED_AT_ONCE = 32
 
@@ -64,12 +65,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=6000)
     add("--minutes", type=float, default=math.inf)
     add("--batch-size", type=int, default=32)
-    add("--learning-rate", type=float, default=1e-3)
+    add("--learning-rate", type=float, default=7e-4)
     add("--kl-weight", type=float, default=1e-4, help="of the latents' mean KL to a unit normal")
     add("--base-dim", type=int, default=32, help="released: 96")
     add("--num-res-blocks", type=int, default=1, help="released: 2")
     add("--num-frames", type=int, default=13, help="of each video, 4n + 1")
     add("--num-held-out", type=int, default=32, help="videos to measure with, not trained on")
+    add("--start-from", type=Path, help="a folder that this command wrote, trained on")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("steps", "minutes", "batch_size", "learning_rate", "base_dim", "num_res_blocks"):
@@ -83,6 +85,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"num_frames={args.num_frames}: must be 4n + 1, for example 13: the VAE packs 4 "
             "frames into one, but the first."
         )
+    if args.start_from is not None and not (args.start_from / "config.json").is_file():
+        raise ValueError(f"start_from={args.start_from}: has no config.json.")
     if not args.videos.is_dir():
         raise ValueError(f"videos={args.videos}: no such folder ({args.videos.absolute()}).")
     return args
@@ -110,7 +114,11 @@ def train(args: argparse.Namespace) -> None:
         )
     videos = videos.to(device)
     torch.manual_seed(args.seed)
-    vae = build_vae(args.base_dim, args.num_res_blocks).to(device)
+    if args.start_from is None:
+        vae = build_vae(args.base_dim, args.num_res_blocks)
+    else:
+        vae = load_vae(args.start_from)
+    vae.to(device)
     use_channels_last(vae)
     num_params = sum(p.numel() for p in vae.parameters())
     logger.info("%.1fM parameters on %s", num_params / 1e6, device)
@@ -195,6 +203,14 @@ def build_vae(base_dim: int, num_res_blocks: int) -> Any:
     return vae
 
 
+def load_vae(folder: Path) -> Any:
+    """In float32, to be trained on."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    vae: Any = AutoencoderKLWan.from_pretrained(folder, local_files_only=True)
+    return vae.train()
+
+
 def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]:
     """Trains on (N, T, H, W, 3) uint8; returns the steps made and the seconds they took."""
     import torch
@@ -214,8 +230,8 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
         clips = videos[chosen.to(device)]
         if progress < SHORT_SHARE:
             clips = clips[:, :SHORT_FRAMES]
-        l1, kl = losses(vae, to_pixels(clips))
-        (l1 + args.kl_weight * kl).backward()
+        error, kl = losses(vae, to_pixels(clips))
+        (error + args.kl_weight * kl).backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -223,18 +239,22 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
         seconds = time.monotonic() - started
         progress = max(step / args.steps, seconds / 60 / args.minutes)
         if step % 50 == 0 or progress >= 1:
-            values = torch.stack((l1, kl, norm)).tolist()  # the host waits here alone
+            values = torch.stack((error, kl, norm)).tolist()  # the host waits here alone
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"step {step}: the loss is not finite. Lower --learning-rate.")
             logger.info(
-                "step %d (%.0f s): L1 %.4f, KL %.2f, gradient norm %.2f", step, seconds, *values
+                "step %d (%.0f s): error %.4f, KL %.2f, gradient norm %.2f", step, seconds, *values
             )
     return step, time.monotonic() - started
 
 
 def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, T, H, W) in -1..1 -> mean absolute error, and mean KL of the latents; Kingma and
-    Welling 2014, appendix B."""
+    """(B, 3, T, H, W) in -1..1 -> error of the decoded video, and mean KL of the latents (Kingma
+    and Welling 2014, appendix B).
+
+    Pixels unlike their picture's mean count more: the plain absolute error has a resting place
+    where small things are left out of the picture.
+    """
     import torch
 
     is_gpu = video.device.type == "cuda"
@@ -244,7 +264,11 @@ def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
         latents = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
         decoded = decode(vae, latents)
     kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
-    return (decoded.float() - video).abs().mean(), kl.mean()
+    contrast = (video - video.mean(dim=(3, 4), keepdim=True)).abs().amax(dim=1, keepdim=True)
+    weights = 1 + CONTRAST_WEIGHT * contrast
+    error = (decoded.float() - video).abs()
+    error = (error + SQUARE_WEIGHT * error.square()) * weights / weights.mean()
+    return error.mean(), kl.mean()
 
 
 def encode(vae: Any, video: Tensor) -> Tensor:

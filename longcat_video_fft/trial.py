@@ -124,9 +124,11 @@ def make_data(trial: Trial) -> None:
 
 
 def train_vae(trial: Trial) -> None:
+    """Goes on with the one that is there, if the stage was opened again."""
+    before = ("--start-from", "vae") if (trial.out / "vae").is_dir() else ()
     run(
         trial, "longcat_video_fft.train_vae", TRAIN, "vae",
-        "--num-frames", trial.num_frames, *trial.vae_words,
+        "--num-frames", trial.num_frames, *trial.vae_words, *before,
     )  # fmt: skip
 
 

@@ -55,6 +55,12 @@ def test_the_command_trains_measures_and_saves(videos: Path, tmp_path: Path) -> 
     torch.testing.assert_close(std, torch.ones(16), atol=0.02, rtol=0)
     assert not list(tmp_path.glob("*.partial"))
 
+    # Trained on, it begins where it was.
+    more = [str(videos), str(out), "--start-from", str(out), "--steps", "1", "--num-held-out", "2"]
+    assert train_vae.main([*more, "--num-frames", "5", "--learning-rate", "1e-9"]) == 0
+    again = json.loads((out / "training.json").read_text())
+    assert again["held_out_psnr_db"] == pytest.approx(record["held_out_psnr_db"], abs=0.02)
+
 
 def test_the_loss_falls(videos: Path) -> None:
     torch.manual_seed(0)
@@ -86,6 +92,7 @@ def test_time_ends_the_training(videos: Path) -> None:
         (["--kl-weight", "-1"], "kl_weight=-1.0: must not be negative"),
         (["--num-frames", "5", "--num-held-out", "6"], "num_held_out=6: leaves none of the 6"),
         (["--num-frames", "9"], "gives 5 frames"),
+        (["--start-from", "nowhere"], "start_from=nowhere: has no config.json"),
     ],
 )
 def test_messages(
