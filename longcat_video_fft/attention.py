@@ -41,6 +41,14 @@ def use_backend(mechanism: str) -> Iterator[None]:
             yield
 
 
+def chosen_backend(mechanism: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend of `BACKENDS` that torch takes there, for the log."""
+    q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
+    with use_backend(mechanism):
+        choice = SDPBackend(torch._fused_sdp_choice(q, q, q))  # pyright: ignore
+    return next((name for name, backend in BACKENDS.items() if backend == choice), choice.name)
+
+
 def rotary_tables(
     grid: tuple[int, int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     start_logging(is_main=is_main)
     try:
         config, data = read_configs([word for word in words if word not in flags])
+        check_caches_are_folders(data)
         if "--repair" in flags and "--verify" not in flags:
             raise ValueError("the command line: --repair goes with --verify.")
     except ValueError as error:
@@ -78,14 +79,19 @@ def start_logging(*, is_main: bool) -> None:
 def read_configs(words: list[str]) -> tuple[TrainConfig, DataConfig]:
     """Raises ValueError for whatever is wrong in the two files or on the command line."""
     config = load_config(words)
-    data = load_data_config(config.folder / Path(str(config.data_backend_config)).expanduser())
+    return config, load_data_config(
+        config.folder / Path(str(config.data_backend_config)).expanduser()
+    )
+
+
+def check_caches_are_folders(data: DataConfig) -> None:
+    """Raises ValueError when a cache is in S3, where the training reads it but none is made."""
     for name in (data.videos.cache_dir_vae, data.text.cache_dir):
         if name.startswith("s3://"):
             raise ValueError(
                 f"{data.source}: {name}: a cache is made in a folder and can be read from S3. Make "
                 "it on a disk, copy it there (aws s3 sync), and then give this address."
             )
-    return config, data
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from longcat_video_fft.attention import chosen_backend
     from longcat_video_fft.checkpoint import (
         Checkpointer,
         check_disk,
@@ -113,6 +114,11 @@ def run(config: TrainConfig, data: DataConfig) -> None:
         config,
         device,
         fill=lambda m: load_weights(m, dit_folder, seed=config.seed, init=config.transformer_init),
+    )
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    logger.info(
+        "attention by %s",
+        chosen_backend(config.attention_mechanism, model.head_dim, dtype, device),
     )
     logger.info(
         "%.2fB parameters, all trained; %s on %d processes, %d samples a step",

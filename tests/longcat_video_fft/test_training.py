@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from longcat_video_fft.train import main
+from tests.longcat_video_fft.s3_server import put_objects
 from tests.longcat_video_fft.tiny import (
     ROOT,
     Tiny,
@@ -185,6 +186,24 @@ def test_a_sigterm_saves_and_the_run_goes_on(
     assert last > 3
     assert (again / "out" / f"checkpoint-{last}" / "trainer_state.json").is_file()
     assert max(losses(again)) == last
+
+
+def test_caches_in_s3(
+    tiny: Tiny, whole: tuple[Path, str], tmp_path: Path, s3_url: str, s3_environment: None
+) -> None:
+    paths = [p for name in ("vae", "text") for p in (whole[0] / name).rglob("*") if p.is_file()]
+    objects = {f"copy/{p.relative_to(whole[0])}": p.read_bytes() for p in paths}
+    put_objects(s3_url, "caches-to-train-from", objects)
+    folders = {name: f"s3://caches-to-train-from/copy/{name}" for name in ("vae", "text")}
+    config = write_configs(
+        tmp_path,
+        tiny,
+        videos={"cache_dir_vae": folders["vae"], "aws_endpoint_url": s3_url},
+        text={"cache_dir": folders["text"]},
+        **OPTIONS | {"output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 4},
+    )
+    assert main(["--config", str(config), "--max_train_steps", "1", "--lr_warmup_steps", "2"]) == 0
+    assert losses(tmp_path)[1] == pytest.approx(losses(whole[0])[1], rel=1e-5)
 
 
 def main_error(config: Path, *words: str) -> str:
