@@ -60,8 +60,8 @@ def test_reference_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 0, output
     with safe_open(REFERENCE / CASES, "pt") as file:
         outputs = set(file.keys()) - {"hidden", "labels", "units", "projector.in"}
-    assert f"{len(outputs)} ok, 0 not ok" in output
-    assert all(name in output for name in outputs)
+    lines = [line for line in output.splitlines() if line.startswith(f"{CASES}: ")]
+    assert {line.split()[1] for line in lines if line.endswith(" ok")} == outputs
     for path in REFERENCE.iterdir():  # any ending stands for `_tiny`
         shutil.copy(path, tmp_path / path.name.replace("_tiny", "_other-7"))
     assert compare(tmp_path, capsys)[0] == 0
