@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from longcat_video_fft.config import FIELDS, OFFICIAL_MODEL, TrainConfig, load_config
-from longcat_video_fft.precompute import read_configs
+from longcat_video_fft.precompute import check_caches_are_folders, main, read_configs
 from tests.longcat_video_fft.tiny import ROOT, launch_env
 
 SHIPPED = ROOT / "longcat_video_fft" / "training_config.json"
@@ -179,8 +179,10 @@ def test_a_cache_is_not_made_in_s3(tmp_path: Path, key: str) -> None:
     embeds = {"dataset_type": "text_embeds", "cache_dir": "text"}
     (videos if key in videos else embeds)[key] = "s3://bucket/cache"
     (tmp_path / "databackend.json").write_text(json.dumps([videos, embeds]))
+    _, data = read_configs(["--config", write(tmp_path, NEEDED)])  # the training reads it there
     with pytest.raises(ValueError, match=r"s3://bucket/cache: .*made in a folder"):
-        read_configs(["--config", write(tmp_path, NEEDED)])
+        check_caches_are_folders(data)
+    assert main(["--config", write(tmp_path, NEEDED)]) == 2
 
 
 def test_importing_the_command_loads_nothing_heavy() -> None:
