@@ -134,6 +134,7 @@ def kill_and_restart(tiny: Tiny, folder: Path, kills: int, seed: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_three_kills_change_nothing(tiny: Tiny, tmp_path: Path, undisturbed: Both) -> None:
     kill_and_restart(tiny, tmp_path, kills=3, seed=0)

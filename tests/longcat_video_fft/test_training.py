@@ -139,7 +139,11 @@ def test_three_and_three_steps_are_six(
     [
         (1, {"gradient_accumulation_steps": 4}),
         (2, {"gradient_accumulation_steps": 4, "context_parallel_size": 2}),
-        (2, {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1}),
+        pytest.param(
+            2,
+            {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1},
+            marks=pytest.mark.long,
+        ),
         pytest.param(2, {"fsdp_replicate_size": 2}, marks=pytest.mark.long),
     ],
     ids=["one process", "context parallel", "recomputing and offload", "replicas"],
