@@ -43,7 +43,7 @@ def demo_trial(out: Path) -> Trial:
         width=48,
         height=32,
         num_frames=5,
-        vae_words=("--minutes", "1", "--base-dim", "8", "--batch-size", "8"),
+        vae_words=("--minutes", "1.5", "--base-dim", "8", "--batch-size", "4"),
         cache_processes=1,
         launcher=ACCELERATE,
     )
