@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
+from longcat_video_fft.fp8 import FLOAT8, FLOAT8_MAX
+
 TILE = 128
 
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     create_selective_checkpoint_contexts,
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import (
 from longcat_video_fft.attention import use_backend
 from longcat_video_fft.ema import Ema
 from longcat_video_fft.offload import OffloadedBlock, PinnedStore
-from longcat_video_fft.optimizer import build_optimizer, parameter_groups
+from longcat_video_fft.optimizer import build_optimizer, local, parameter_groups
 
 if TYPE_CHECKING:
     import contextlib
@@ -170,11 +169,6 @@ def context_group(config: TrainConfig, device_type: str) -> dist.ProcessGroup:
     return init_device_mesh(device_type, shape, mesh_dim_names=("data", "context")).get_group(
         "context"
     )
-
-
-def local(value: Tensor) -> Tensor:
-    """This process's own part of a sharded tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 class Engine:

@@ -73,7 +73,7 @@ def train(
     batches = iter(_loader(engine, dataset, start_step, last_step))
     empty_embeds, empty_mask = dataset.empty_caption()
     empty = empty_embeds.to(engine.device), empty_mask.to(engine.device)
-    meter = Meter(engine, start_step)
+    meter = Meter(engine)
     stop = StopRequest()
     bar = tqdm(
         total=last_step, initial=start_step, desc="training", unit="step",
@@ -170,11 +170,10 @@ def train_step(
 class Meter:
     """Sums between two log lines, and the speed."""
 
-    def __init__(self, engine: Engine, start_step: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name)
-        self.steps = start_step
         self.seconds_per_step = float("nan")
         self.sums = torch.zeros(2, dtype=torch.float64)
         self.restart()

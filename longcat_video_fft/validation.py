@@ -27,7 +27,8 @@ from torch import Tensor
 
 from longcat_video_fft.captions import clean_caption
 from longcat_video_fft.config_rules import parse_resolution
-from longcat_video_fft.held_out import held_out_loss, reshard
+from longcat_video_fft.held_out import held_out_loss
+from longcat_video_fft.loading import reshard
 from longcat_video_fft.make_caches import find_models
 from longcat_video_fft.parallel import all_sum, is_main_process
 from longcat_video_fft.pipeline import LongCatVideoPipeline
