@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -144,18 +144,11 @@ class Checkpointer:
         self.identity = make_identity(engine, identity)
         self.is_main = dist.get_rank() == 0
         self.group: Any = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
-        has_gpu = engine.device.type == "cuda"
-        # Pinned buffers that are kept from save to save.
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=has_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=has_gpu,
-            )
-        )
+        self.has_gpu = engine.device.type == "cuda"
+        # Pinned buffers that are kept from save to save, which torch 2.11's DefaultStager does not.
+        self.stager = StateDictStager(pin_memory=self.has_gpu)
         if engine.optimizer.state:  # the buffers now, so that no save waits for them
-            self.stager.stage(engine_state(engine))
+            self._stage()
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
         self.step = -1  # of the last save
@@ -179,9 +172,16 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier(group=self.group)
-        staged = self.stager.stage(engine_state(self.engine))
+        staged = self._stage()
         self.pending = self.executor.submit(self._write, staged, partial, global_step)
         return time.perf_counter() - started
+
+    def _stage(self) -> dict[str, Any]:
+        """The state in host memory."""
+        staged = self.stager.stage(engine_state(self.engine), non_blocking=self.has_gpu)
+        if self.has_gpu:
+            torch.cuda.synchronize()
+        return staged
 
     def poll(self) -> None:
         """Call it each step: notes when the save under way is done, and raises its error.

@@ -55,7 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vae_dtype": ("bf16", "fp32"),
     "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup"),
     "optimizer": ("adamw_bf16", "adamw", "adamw_8bit"),
-    "attention_mechanism": ("diffusers", "cudnn", "flash", "math"),
+    "attention_mechanism": ("diffusers", "cudnn", "flash", "flash4", "math"),
     "gradient_checkpointing_mode": ("selective", "selective_ffn", "full"),
     "transformer_init": ("pretrained", "random"),
     "timestep_sampling": ("logit_normal", "uniform"),

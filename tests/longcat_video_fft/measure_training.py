@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 -m tests.longcat_video_fft.measure_training --steps 20
 
 Random weights, one random sample repeated, through the engine and `train_step` of the training.
-Options of training_config.json go through as `--key value`. One line of JSON a run.
+Options of training_config.json go through as `--key value`. A line a step, and one of JSON.
 """
 
 from __future__ import annotations
@@ -67,9 +67,13 @@ def main() -> None:
     }  # fmt: skip
     measure(engine, config, args, result)
     if is_main_process():
-        sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
+        say(json.dumps(result))
     dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, Any]) -> None:
@@ -93,6 +97,8 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - started, 3))
         losses.append(round(sums[0].item() / sums[1].item(), 6))
+        if is_main_process():  # a run that is stopped has shown what it did
+            say(f"step {step}: {seconds[-1]} s, loss {losses[-1]}")
 
     for step in range(args.steps):
         do_step(step)
