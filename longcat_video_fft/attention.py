@@ -32,11 +32,7 @@ BACKENDS = {
 
 @contextlib.contextmanager
 def use_backend(mechanism: str) -> Iterator[None]:
-    """`attention_mechanism`: "diffusers" tries the backends in their order, others name one.
-
-    Raises:
-        ValueError: "flash4" without the package flash-attn-4.
-    """
+    """`attention_mechanism`: "diffusers" tries the backends in their order, others name one."""
     if mechanism == "diffusers":
         with sdpa_kernel(list(BACKENDS.values()), set_priority=True):
             yield
@@ -50,22 +46,11 @@ def use_backend(mechanism: str) -> Iterator[None]:
 
 
 def activate_flash4() -> None:
-    """Puts FlashAttention-4 in the place of torch's own flash kernels, once.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Puts the package flash-attn-4 in the place of torch's own flash kernels, once."""
     from torch.nn import attention
 
-    if attention.current_flash_attention_impl() == "FA4":
-        return
-    try:
+    if attention.current_flash_attention_impl() != "FA4":
         attention.activate_flash_attention_impl("FA4")
-    except ImportError as error:
-        raise ValueError(
-            f"attention_mechanism=flash4: {error}. Install it with pip install "
-            '"flash-attn-4[cu13]", or set attention_mechanism to "diffusers".'
-        ) from error
 
 
 def chosen_backend(mechanism: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -7,6 +7,7 @@ then too and calls `check_world` and `check_launcher` before anything heavy is i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -175,6 +176,11 @@ def _together(c: TrainConfig) -> list[str]:
         complaints.append(
             f"mixed_precision='no' with optimizer={c.optimizer!r} contradict each other: that "
             'optimizer keeps bf16 weights; set optimizer to "adamw", or mixed_precision to "bf16".'
+        )
+    if c.attention_mechanism == "flash4" and find_spec("flash_attn") is None:
+        complaints.append(
+            "attention_mechanism='flash4' needs a package that is not installed: pip install "
+            '"flash-attn-4[cu13]", or set it to "diffusers".'
         )
     if c.mixed_precision == "no" and c.fp8_linears:
         complaints.append(

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "small")
     parser.add_argument("--minutes", type=float, default=math.inf, help="that this call may take")
-    parser.add_argument("--vae-minutes", type=float, default=3.0)
+    parser.add_argument("--vae-minutes", type=float, default=2.5)
     parser.add_argument("--more", action="store_true", help="train on from the last checkpoint")
     args = parser.parse_args(argv)
     trial = small_trial(args.out.absolute(), minutes=args.minutes, vae_minutes=args.vae_minutes)

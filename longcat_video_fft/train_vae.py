@@ -26,15 +26,17 @@ from longcat_video_fft.buckets import FRAME_STRIDE, LATENT_CHANNELS, TOKEN_STRID
 from longcat_video_fft.precompute import start_logging
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from torch import Tensor
 
 logger = logging.getLogger("longcat_video_fft")
 
 WARMUP_STEPS = 50
-# The first part is trained on short clips: more steps in the time, and of a causal VAE the same
-# weights.
-SHORT_SHARE, SHORT_FRAMES = 0.6, 5
+# (up to which part of the training, frames of a clip): first pictures, then short clips. That gives
+# more steps in the time, and of a causal VAE they are the same weights.
+STAGES = ((0.3, 1), (0.65, 5), (math.inf, None))
 FIRST_LOG_VAR = -6.0
 CONTRAST_WEIGHT, SQUARE_WEIGHT = 8.0, 2.0  # in the loss
 NUM_MEASURED = 1024  # videos whose latents give latents_mean and latents_std
@@ -64,10 +66,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("out", type=Path, help="the folder vae/ to write")
     add("--steps", type=int, default=6000)
     add("--minutes", type=float, default=math.inf)
-    add("--batch-size", type=int, default=32)
-    add("--learning-rate", type=float, default=7e-4)
+    add("--batch-size", type=int, default=16)
+    add("--learning-rate", type=float, default=1e-3)
     add("--kl-weight", type=float, default=1e-4, help="of the latents' mean KL to a unit normal")
-    add("--base-dim", type=int, default=32, help="released: 96")
+    add("--base-dim", type=int, default=16, help="released: 96")
     add("--num-res-blocks", type=int, default=1, help="released: 2")
     add("--num-frames", type=int, default=13, help="of each video, 4n + 1")
     add("--num-held-out", type=int, default=32, help="videos to measure with, not trained on")
@@ -216,36 +218,79 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
     import torch
 
     device = videos.device
+    is_gpu = device.type == "cuda"
+    rate: Any = args.learning_rate
+    if is_gpu:  # read by the recorded steps
+        rate = torch.tensor(rate, device=device)
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
-        fused=device.type == "cuda",
+        vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=is_gpu,
+        capturable=is_gpu,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(args.seed)
-    started, step, progress = time.monotonic(), 0, 0.0
-    while progress < 1:
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / WARMUP_STEPS)
-            group["lr"] = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
-        chosen = torch.randint(len(videos), (args.batch_size,), generator=generator)
-        clips = videos[chosen.to(device)]
-        if progress < SHORT_SHARE:
-            clips = clips[:, :SHORT_FRAMES]
+
+    def train_step(clips: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
         error, kl = losses(vae, to_pixels(clips))
         (error + args.kl_weight * kl).backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return torch.stack((error, kl, norm)).detach()
+
+    run = recorded(train_step) if is_gpu else train_step
+    generator = torch.Generator().manual_seed(args.seed)
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1:
+        warm = min(1.0, (step + 1) / WARMUP_STEPS)
+        set_lr(optimizer, args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress)))
+        chosen = torch.randint(len(videos), (args.batch_size,), generator=generator)
+        frames = next(frames for share, frames in STAGES if progress < share)
+        values = run(videos[chosen.to(device), :frames])
         step += 1
         seconds = time.monotonic() - started
         progress = max(step / args.steps, seconds / 60 / args.minutes)
         if step % 50 == 0 or progress >= 1:
-            values = torch.stack((error, kl, norm)).tolist()  # the host waits here alone
-            if not all(map(math.isfinite, values)):
+            log = values.tolist()  # the host waits here alone
+            if not all(map(math.isfinite, log)):
                 raise ValueError(f"step {step}: the loss is not finite. Lower --learning-rate.")
             logger.info(
-                "step %d (%.0f s): error %.4f, KL %.2f, gradient norm %.2f", step, seconds, *values
+                "step %d (%.0f s): error %.4f, KL %.2f, gradient norm %.2f", step, seconds, *log
             )
     return step, time.monotonic() - started
+
+
+def set_lr(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], float):
+            group["lr"] = rate
+        else:
+            group["lr"].fill_(rate)
+
+
+def recorded(train_step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A CUDA graph of the step for each shape of clips: its thousands of small kernels take longer
+    to start than to run."""
+    import torch
+
+    graphs: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+
+    def run(clips: Tensor) -> Tensor:
+        if clips.shape not in graphs:
+            given = clips.clone()
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # kernels are chosen, states made
+                for _ in range(3):
+                    train_step(given)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                values = train_step(given)
+            graphs[clips.shape] = graph, given, values
+        graph, given, values = graphs[clips.shape]
+        given.copy_(clips)
+        graph.replay()
+        return values
+
+    return run
 
 
 def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +303,8 @@ def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     is_gpu = video.device.type == "cuda"
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=is_gpu):
+    # No cache: a recorded step would keep the weights of its recording.
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=is_gpu, cache_enabled=False):
         mean, log_var = encode(vae, video).float().chunk(2, dim=1)
         log_var = log_var.clamp(-30.0, 20.0)
         latents = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
