@@ -219,9 +219,7 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
 
     device = videos.device
     is_gpu = device.type == "cuda"
-    rate: Any = args.learning_rate
-    if is_gpu:  # read by the recorded steps
-        rate = torch.tensor(rate, device=device)
+    rate = torch.tensor(args.learning_rate, device=device)  # read by the recorded steps
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=is_gpu,
         capturable=is_gpu,
@@ -240,7 +238,7 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
     started, step, progress = time.monotonic(), 0, 0.0
     while progress < 1:
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
-        set_lr(optimizer, args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress)))
+        rate.fill_(args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress)))
         chosen = torch.randint(len(videos), (args.batch_size,), generator=generator)
         frames = next(frames for share, frames in STAGES if progress < share)
         values = run(videos[chosen.to(device), :frames])
@@ -255,14 +253,6 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
                 "step %d (%.0f s): error %.4f, KL %.2f, gradient norm %.2f", step, seconds, *log
             )
     return step, time.monotonic() - started
-
-
-def set_lr(optimizer: Any, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], float):
-            group["lr"] = rate
-        else:
-            group["lr"].fill_(rate)
 
 
 def recorded(train_step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from longcat_video_fft.optimizer import set_lr
 from longcat_video_fft.parallel import Engine, init_processes, is_main_process
 from longcat_video_fft.training_loop import train_step
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+from longcat_video_fft.trial import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +67,8 @@ def main() -> None:
     }  # fmt: skip
     measure(engine, config, args, result)
     if is_main_process():
-        say(json.dumps(result))
+        say(json.dumps(result) + "\n")
     dist.destroy_process_group()
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, Any]) -> None:
@@ -98,7 +93,7 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         seconds.append(round(time.perf_counter() - started, 3))
         losses.append(round(sums[0].item() / sums[1].item(), 6))
         if is_main_process():  # a run that is stopped has shown what it did
-            say(f"step {step}: {seconds[-1]} s, loss {losses[-1]}")
+            say(f"step {step}: {seconds[-1]} s, loss {losses[-1]}\n")
 
     for step in range(args.steps):
         do_step(step)

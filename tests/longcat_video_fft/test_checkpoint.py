@@ -160,7 +160,6 @@ def die_while_saving(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.long
 def test_a_kill_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         spawn(die_while_saving, tmp_path, processes=1)
@@ -198,7 +197,6 @@ def fill_disk(folder: Path) -> None:
     assert find_checkpoint("latest", folder) == folder / "checkpoint-3"
 
 
-@pytest.mark.long
 def test_full_disk(tmp_path: Path) -> None:
     """A real one: a small file system in memory, seen by one program."""
     disk = tmp_path / "disk"

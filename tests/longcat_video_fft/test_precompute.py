@@ -91,7 +91,7 @@ def test_a_plan_makes_nothing(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_more_processes_make_the_same(
     tiny: Tiny, tmp_path: Path, undisturbed: Both, processes: int
 ) -> None:
@@ -134,7 +134,6 @@ def kill_and_restart(tiny: Tiny, folder: Path, kills: int, seed: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.long
 @pytest.mark.dist
 def test_three_kills_change_nothing(tiny: Tiny, tmp_path: Path, undisturbed: Both) -> None:
     kill_and_restart(tiny, tmp_path, kills=3, seed=0)
