@@ -1,4 +1,4 @@
-"""Attention of LongCat-Video's transformer: rotary positions, the kernel, and Ulysses.
+"""Attention of LongCat-Video's transformer: rotary positions, the product, and Ulysses.
 
 Shapes: B batch, N tokens (this process's share under context parallelism), H heads, D head size.
 Ships with an export beside `transformer.py`; imports nothing else of this folder.
@@ -6,59 +6,21 @@ Ships with an export beside `transformer.py`; imports nothing else of this folde
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from torch.distributed import ProcessGroup
 
 ROPE_BASE = 10000.0
 
-# Best first: on an H200 at 37,440 tokens cuDNN is 1.7 times as fast as flash (README.md).
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
-
-@contextlib.contextmanager
-def use_backend(mechanism: str) -> Iterator[None]:
-    """`attention_mechanism`: "diffusers" tries the backends in their order, others name one."""
-    if mechanism == "diffusers":
-        with sdpa_kernel(list(BACKENDS.values()), set_priority=True):
-            yield
-    elif mechanism == "flash4":
-        activate_flash4()
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-            yield
-    else:
-        with sdpa_kernel([BACKENDS[mechanism]]):
-            yield
-
-
-def activate_flash4() -> None:
-    """Puts the package flash-attn-4 in the place of torch's own flash kernels, once."""
-    from torch.nn import attention
-
-    if attention.current_flash_attention_impl() != "FA4":
-        attention.activate_flash_attention_impl("FA4")
-
-
-def chosen_backend(mechanism: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend of `BACKENDS` that torch takes there, for the log."""
-    q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
-    with use_backend(mechanism):
-        choice = SDPBackend(torch._fused_sdp_choice(q, q, q))  # pyright: ignore
-    return next((name for name, backend in BACKENDS.items() if backend == choice), choice.name)
+# In force before torch's own; `attention_kernels.use_backend` sets it.
+kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def rotary_tables(
@@ -104,8 +66,11 @@ def attend(
     """
     if cp_group is not None:
         q, k, v = (_tokens_to_heads(x, cp_group) for x in (q, k, v))
-    mask = None if key_mask is None else key_mask[:, None, None, :].bool()
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if kernel is not None and key_mask is None and q.dtype == torch.bfloat16:
+        out = kernel(q, k, v)
+    else:
+        mask = None if key_mask is None else key_mask[:, None, None, :].bool()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out if cp_group is None else _heads_to_tokens(out, cp_group)
 
 

@@ -50,7 +50,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     gradient_checkpointing_mode: str = "selective"  # or "selective_ffn", "full"
     uncheckpointed_blocks: int = 0
-    activation_offload: bool = False
+    activation_offload_blocks: int = 0
     transformer_init: str = "pretrained"
     resume_from_checkpoint: str | None = None
     flow_shift: float = 12.0

@@ -7,7 +7,7 @@ then too and calls `check_world` and `check_launcher` before anything heavy is i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "lr_warmup_steps", "adam_weight_decay", "uncheckpointed_blocks",
+    "activation_offload_blocks",
     "dataloader_num_workers", "num_held_out_samples", "musubi_blocks_to_swap",
     "num_validation_images", "validation_guidance",
 )  # fmt: skip
@@ -177,23 +178,26 @@ def _together(c: TrainConfig) -> list[str]:
             f"mixed_precision='no' with optimizer={c.optimizer!r} contradict each other: that "
             'optimizer keeps bf16 weights; set optimizer to "adamw", or mixed_precision to "bf16".'
         )
-    if c.attention_mechanism == "flash4" and find_spec("flash_attn") is None:
+    if c.attention_mechanism == "flash4" and not is_installed("flash-attn-4"):
         complaints.append(
             "attention_mechanism='flash4' needs a package that is not installed: pip install "
-            '"flash-attn-4[cu13]", or set it to "diffusers".'
+            '"flash-attn-4[cu13]==4.0.0b36", or set it to "diffusers".'
         )
     if c.mixed_precision == "no" and c.fp8_linears:
         complaints.append(
             "fp8_linears=true with mixed_precision='no' contradict each other; set mixed_precision "
             'to "bf16".'
         )
-    if not c.gradient_checkpointing:
-        for name in ("uncheckpointed_blocks", "activation_offload"):
-            if getattr(c, name):
-                complaints.append(
-                    f"{name}={getattr(c, name)!r} says something about checkpointed blocks, and "
-                    "gradient_checkpointing=false has none; set one of them back."
-                )
+    if not c.gradient_checkpointing and c.uncheckpointed_blocks:
+        complaints.append(
+            f"uncheckpointed_blocks={c.uncheckpointed_blocks} says something about checkpointed "
+            "blocks, and gradient_checkpointing=false has none; set one of them back."
+        )
+    if c.activation_offload_blocks and not c.compile:
+        complaints.append(
+            f"activation_offload_blocks={c.activation_offload_blocks} moves what compiled blocks "
+            "keep; set compile to true, or activation_offload_blocks to 0."
+        )
     if not c.fsdp_enable:
         for name, unset in {
             "musubi_blocks_to_swap": 0, "fsdp_replicate_size": 1, "context_parallel_size": 1
@@ -296,11 +300,15 @@ def check_model(c: TrainConfig, transformer: Mapping[str, Any]) -> None:
             f"{c.source}: context_parallel_size={c.context_parallel_size} does not divide the "
             f"model's {heads} heads; set it to one of {', '.join(map(str, divisors(heads)))}."
         )
-    for name in ("musubi_blocks_to_swap", "uncheckpointed_blocks"):
+    for name in ("musubi_blocks_to_swap", "uncheckpointed_blocks", "activation_offload_blocks"):
         if getattr(c, name) > depth:
             raise ValueError(
                 f"{c.source}: {name}={getattr(c, name)} is more than the model's {depth} blocks."
             )
+
+
+def is_installed(package: str) -> bool:
+    return any(found.name == package for found in distributions(name=package))
 
 
 def divisors(number: int) -> list[int]:

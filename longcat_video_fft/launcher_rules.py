@@ -33,7 +33,6 @@ SHARDING = (
     ("FSDP_AUTO_WRAP_POLICY", None, "fsdp_auto_wrap_policy"),
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading"),
     ("FSDP_ACTIVATION_CHECKPOINTING", "false", "gradient_checkpointing"),
-    ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "false", "activation_offload"),
 )
 PARALLELISM = (
     ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1", "fsdp_replicate_size"),
@@ -45,6 +44,11 @@ FIXED_SHARDING = (
         "FSDP_OFFLOAD_PARAMS",
         ("false",),
         "say how many blocks wait in host memory with musubi_blocks_to_swap instead",
+    ),
+    (
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD",
+        ("false",),
+        "say of how many blocks it does that with activation_offload_blocks instead",
     ),
     (
         "FSDP_SHARDING_STRATEGY",

@@ -105,7 +105,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # First all numbers, in two tables: a copy to the GPU for each would take longer than the
         # updates themselves.
-        chunks, hyper, keys = [], [], []
+        updates = []  # (tensors, hyper-parameters, keys)
         number = 0
         for group in self.param_groups:
             for param in group["params"]:
@@ -116,15 +116,18 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 step = int(state["step"])
                 key = random_keys(self.seed, step, number)
+                hyper = hyper_parameters(group, step)
                 for start, chunk in self._chunks(param, state, CHUNK[device.type]):
-                    chunks.append(chunk)
-                    hyper.append(hyper_parameters(group, step))
-                    keys.append([*key, to_int32(self.first[param] + start)])
+                    place = to_int32(self.first[param] + start)
+                    width = chunk["weights"].shape[-1]
+                    updates.append((chunk, hyper, [*key, place, width]))
+        # The largest first: its size decides how the compiler cuts the work of all into blocks.
+        updates.sort(key=lambda update: update[0]["weights"].numel(), reverse=True)
         kernel = pick_kernel(device.type, self.eight_bit)
         rows = zip(
-            chunks,
-            torch.tensor(hyper, dtype=torch.float32).to(device).unbind(),
-            torch.tensor(keys, dtype=torch.int32).to(device).unbind(),
+            [chunk for chunk, _, _ in updates],
+            torch.tensor([hyper for _, hyper, _ in updates]).to(device).unbind(),
+            torch.tensor([keys for _, _, keys in updates], dtype=torch.int32).to(device).unbind(),
             strict=True,
         )
         is_streaming = False
@@ -195,7 +198,7 @@ def adamw_update(tensors: dict[str, Tensor], hyper: Tensor, keys: Tensor) -> Non
             and exp_avg_rms_scale (rows, 1). `exp_avg_rms` is the root of the second moment: that
             needs half the exponents.
         hyper: of `hyper_parameters`.
-        keys: (3,) int32, two of `random_keys` and the place of the first element.
+        keys: (4,) int32, see `random_bits`.
     """
     weights, grads = tensors["weights"], tensors["grads"].float()
     beta1, rest1, beta2, rest2, kept, step_size, unbias, eps = hyper.unbind()
@@ -218,7 +221,13 @@ def pick_kernel(device: str, eight_bit: bool) -> Any:
 
 @functools.cache
 def _compiled_update() -> Any:
-    return torch.compile(adamw_update, dynamic=True, fullgraph=True)
+    # A shape with a row or column of one is a graph of its own; the usual limit is 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # Without torch's cache on the disk: of a kernel for any size it keeps the blocks that suit the
+    # size first seen, which may be a tiny model's, and then an update takes 60 times as long.
+    return torch.compile(
+        adamw_update, dynamic=True, fullgraph=True, options={"fx_graph_cache": False}
+    )
 
 
 def hyper_parameters(group: dict[str, Any], step: int) -> list[float]:
@@ -264,9 +273,13 @@ def random_bits(keys: Tensor, like: Tensor) -> Tensor:
     """32 random bits an element, the same on every kind of device: a hash of its place.
 
     Args:
-        keys: (3,) int32: two keys and the place of the first element, which may wrap around.
+        keys: (4,) int32: two of `random_keys`, the place of the first element, which may wrap
+            around, and the elements a row where `like` has rows.
     """
-    place = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    place = torch.arange(like.shape[-1], dtype=torch.int32, device=like.device)
+    if like.ndim > 1:  # by the width in `keys`: by that of the shape, Inductor would take int64
+        rows = torch.arange(len(like), dtype=torch.int32, device=like.device)
+        place = rows[:, None] * keys[3] + place
     return mix(place + (keys[0] + keys[2]), keys[1])
 
 

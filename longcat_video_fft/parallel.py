@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from longcat_video_fft.attention import use_backend
+from longcat_video_fft.attention_kernels import resolve, use_backend
 from longcat_video_fft.ema import Ema
 from longcat_video_fft.offload import OffloadedBlock, PinnedStore
 from longcat_video_fft.optimizer import build_optimizer, local, parameter_groups
@@ -41,12 +41,13 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 1024
 LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large checkpoint
 ATTENTION_OPS = (
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "longcat_video_fft.flash4.default",
 )
-PRODUCT_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
+PRODUCT_OPS = ("aten.mm.default", "aten._scaled_mm.default")
 
 
 def init_processes() -> torch.device:
@@ -109,11 +110,11 @@ def parallelize(model: Any, config: TrainConfig, mesh: DeviceMesh) -> None:
         torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
         for block in blocks:
             block.compile_block()
-    if config.activation_offload:
+    if config.activation_offload_blocks:
         if mesh.device_type != "cuda":
-            raise ValueError("activation_offload=true needs a GPU; set it to false.")
+            raise ValueError("activation_offload_blocks needs a GPU; set it to 0.")
         store = PinnedStore()
-        for block in blocks:
+        for block in blocks[: config.activation_offload_blocks]:
             block.work = OffloadedBlock(block, store)
     # FSDP2, a unit a block. Timesteps stay float32, so inputs are not cast.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -150,9 +151,9 @@ def keep_costly(
     over the caption's few keys it is cheap. A product costs its inner width an output, and only
     the feed-forward's last one has an inner width above twice its outputs."""
     is_kept = False
-    if op in ATTENTION_OPS:
+    if str(op) in ATTENTION_OPS:
         is_kept = args[1].shape[-2] >= args[0].shape[-2]
-    elif keeps_ffn and op in PRODUCT_OPS:
+    elif keeps_ffn and str(op) in PRODUCT_OPS:
         is_kept = args[0].shape[-1] > 2 * args[1].shape[-1]
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -190,6 +191,7 @@ class Engine:
         self.module = model
         self.config = config
         self.device = device
+        self.attention_mechanism = resolve(config.attention_mechanism, model.head_dim, device)
         self.mesh = build_mesh(config, device)
         self.dp_size = dist.get_world_size() // config.context_parallel_size
         self.dp_rank = dist.get_rank() // config.context_parallel_size
@@ -204,7 +206,7 @@ class Engine:
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
         """In force around forward and backward: the kernel that `attention_mechanism` names."""
-        return use_backend(self.config.attention_mechanism)
+        return use_backend(self.attention_mechanism)
 
     def backward(self, loss: Tensor) -> None:
         """`loss`: this process's share of the global mean; FSDP averages, so scale it back."""

@@ -182,25 +182,31 @@ class _Run:
         return parts
 
     def kept(self, alive: int) -> list[Part]:
-        """What the first `alive` blocks keep for their backward."""
-        checkpointed = min(alive, self.depth - self.free)
+        """What the first `alive` blocks keep for their backward, but for what host memory has."""
+        first = self.first_on_gpu(alive)
+        checkpointed = max(0, min(alive, self.depth - self.free) - first)
+        others = alive - first - checkpointed
         one = self.tokens * self.width * self.compute
-        moved = 2 if self.config.activation_offload else checkpointed
-        inputs = min(moved, checkpointed)
         where = f"{self.tokens} tokens x {self.width} x {self.compute} B"
-        note = " (the others in host memory)" if self.config.activation_offload else ""
+        note = f" ({first} others in host memory)" if first else ""
         mode = self.config.gradient_checkpointing_mode
         attention = (one + self.tokens * self.heads * FP32) * (mode != "full")
         ffn = one * (mode == "selective_ffn")
         return [
-            Part("block inputs", inputs * one, f"{where} x {inputs} blocks{note}"),
-            Part("kept attention outputs", inputs * attention,
-                 f"({where} + {self.heads} x 4 B) x {inputs} blocks{note}"),
-            Part("kept feed-forward outputs", inputs * ffn, f"{where} x {inputs} blocks{note}"),
-            Part("blocks without checkpoint", (alive - checkpointed) * self.block_activations,
-                 f"{self.values:.0f} values a token x {self.compute} B x {alive - checkpointed} "
-                 "blocks"),
+            Part("block inputs", checkpointed * one, f"{where} x {checkpointed} blocks{note}"),
+            Part("kept attention outputs", checkpointed * attention,
+                 f"({where} + {self.heads} x 4 B) x {checkpointed} blocks{note}"),
+            Part("kept feed-forward outputs", checkpointed * ffn,
+                 f"{where} x {checkpointed} blocks{note}"),
+            Part("blocks without checkpoint", others * self.block_activations,
+                 f"{self.values:.0f} values a token x {self.compute} B x {others} blocks{note}"),
         ]  # fmt: skip
+
+    def first_on_gpu(self, alive: int) -> int:
+        """Of what `alive` blocks kept, blocks before this one's is in host memory: the last
+        offloaded block's never leaves, and in the backward two come back at a time."""
+        offloaded = min(self.config.activation_offload_blocks, self.depth)
+        return max(0, min(offloaded - 1, alive - 2))
 
     @property
     def num_kept(self) -> int:
@@ -280,11 +286,13 @@ class _Run:
         states = state_bytes(shapes, self.shards, self.config.optimizer)
         ema = FP32 * count * (self.config.ema_decay is not None)
         one = self.tokens * self.width * self.compute
-        num_moved = max(0, self.depth - self.free - 2) * self.config.activation_offload
-        kept = self.num_kept
+        moved = max(0, min(self.config.activation_offload_blocks, self.depth) - 1)
+        checkpointed = min(moved, self.depth - self.free)
+        activations = checkpointed * self.num_kept * one
+        activations += (moved - checkpointed) * self.block_activations
         return [
             Part("swapped blocks", 2 * self.master * count + states + ema,
                  f"weights, gradients and states of {self.depth - self.resident} blocks"),
-            Part("offloaded activations", kept * num_moved * one,
-                 f"{kept} x {self.tokens} tokens x {self.width} x {num_moved} blocks"),
+            Part("offloaded activations", activations,
+                 f"of {moved} blocks, {moved - checkpointed} of them without checkpoint"),
         ]  # fmt: skip

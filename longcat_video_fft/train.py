@@ -65,7 +65,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from longcat_video_fft.attention import chosen_backend
+    from longcat_video_fft.attention_kernels import chosen_backend
     from longcat_video_fft.checkpoint import (
         Checkpointer,
         check_disk,
@@ -118,7 +118,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     logger.info(
         "attention by %s",
-        chosen_backend(config.attention_mechanism, model.head_dim, dtype, device),
+        chosen_backend(engine.attention_mechanism, model.head_dim, dtype, device),
     )
     logger.info(
         "%.2fB parameters, all trained; %s on %d processes, %d samples a step",

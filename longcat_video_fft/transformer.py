@@ -252,7 +252,7 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
     """13,581,071,424 parameters at the released config, which sets text_tokens_zero_pad.
 
     The options from `enable_flashattn3` to `cp_split_hw` are the official config's and only kept:
-    the kernel is chosen by `attention.use_backend`, context parallelism by `set_context_parallel`.
+    `attention_kernels.use_backend` chooses the kernel, `set_context_parallel` the parallelism.
     """
 
     _supports_gradient_checkpointing = False

@@ -21,12 +21,14 @@ import torch.distributed as dist
 from longcat_video_fft.buckets import Bucket
 from longcat_video_fft.checkpoint import Checkpointer, load_checkpoint
 from longcat_video_fft.config import TYPES, TrainConfig, check_values, parse_text, parse_words
+from longcat_video_fft.config_rules import check_world
 from longcat_video_fft.dataset import Batch
 from longcat_video_fft.flops import forward_flops
 from longcat_video_fft.flow_matching import prepare
 from longcat_video_fft.loading import load_weights
 from longcat_video_fft.optimizer import set_lr
 from longcat_video_fft.parallel import Engine, init_processes, is_main_process
+from longcat_video_fft.plan_memory import model_sizes, predict_memory
 from longcat_video_fft.training_loop import train_step
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.trial import say
@@ -54,6 +56,8 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         model: Any = LongCatVideoTransformer3DModel(depth=args.depth, text_tokens_zero_pad=True)
+    world = check_world(config, dist.get_world_size())
+    memory = predict_memory(config, model_sizes(model), world, Bucket(args.frames, 480, 832))
     started = time.perf_counter()
     engine = Engine(
         model, config, device,
@@ -62,7 +66,8 @@ def main() -> None:
     torch.cuda.synchronize()
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "gpus": dist.get_world_size(), "depth": args.depth,
-        "options": options, "init_s": round(time.perf_counter() - started, 1),
+        "options": options, "predicted_gib": round(memory.peak / 2**30, 2),
+        "attention": engine.attention_mechanism, "init_s": round(time.perf_counter() - started, 1),
         "state_gib": round(torch.cuda.memory_allocated() / 2**30, 2),
     }  # fmt: skip
     measure(engine, config, args, result)

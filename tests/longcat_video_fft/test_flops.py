@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longcat_video_fft.attention import use_backend
+from longcat_video_fft.attention_kernels import use_backend
 from longcat_video_fft.buckets import Bucket
 from longcat_video_fft.flops import feed_forward_width, forward_flops, peak_flops
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel

@@ -41,7 +41,7 @@ def build(model: nn.Module, optimizer: str, **options: Any) -> torch.optim.Optim
 
 
 def bits(count: int, *parts: object, first: int = 0) -> Tensor:
-    return random_bits(torch.tensor([*random_keys(*parts), first], dtype=torch.int32),
+    return random_bits(torch.tensor([*random_keys(*parts), first, 0], dtype=torch.int32),
                        torch.empty(count))  # fmt: skip
 
 
@@ -134,10 +134,12 @@ def test_bits_are_uniform_and_independent() -> None:
 def test_bits_belong_to_places() -> None:
     whole = bits(1000, 7, 3, 2)
     assert torch.equal(whole[337:], bits(663, 7, 3, 2, first=337))
+    keys = torch.tensor([*random_keys(7, 3, 2), 0, 40], dtype=torch.int32)
+    assert torch.equal(random_bits(keys, torch.empty(25, 40)), whole.view(25, 40))
     # The published function in unsigned arithmetic, which every machine must repeat.
-    keys = [key % (1 << 32) for key in random_keys(7, 3, 2)]
+    words = [key % (1 << 32) for key in random_keys(7, 3, 2)]
     assert [word % (1 << 32) for word in whole[:50].tolist()] == [
-        keyed_lowbias32(place + keys[0], keys[1]) for place in range(50)
+        keyed_lowbias32(place + words[0], words[1]) for place in range(50)
     ]
 
 

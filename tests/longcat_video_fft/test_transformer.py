@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from longcat_video_fft.attention import rotary_tables, use_backend
+from longcat_video_fft.attention import rotary_tables
+from longcat_video_fft.attention_kernels import use_backend
 from longcat_video_fft.parallel import checkpoint_context
 from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
 from tests.longcat_video_fft.dit_reference import compare_dit

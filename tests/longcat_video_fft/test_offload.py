@@ -1,0 +1,73 @@
+"""Activations in host memory: the same gradients to the bit, and less memory. Needs a GPU."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from longcat_video_fft.offload import MIN_BYTES, OffloadedBlock, PinnedStore, is_dense
+
+WIDTH, ROWS, BLOCKS = 2048, 8192, 6  # an activation of 64 MiB
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.work: Any = self.layers
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        turned = self.first(x).tanh().t()  # kept, dense but not contiguous
+        return x + self.second(turned.sigmoid().t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.work(x)
+
+
+def test_dense_is_one_piece_of_memory() -> None:
+    value = torch.zeros(4, 6, 8)
+    assert is_dense(value)
+    assert is_dense(value.permute(2, 0, 1))
+    assert not is_dense(value[:, :3])
+    assert not is_dense(value[:, :1].expand(4, 6, 8))
+    assert is_dense(torch.zeros(()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offloaded", [1, 4, BLOCKS])
+def test_gradients_are_equal_and_memory_is_less(offloaded: int) -> None:
+    expected, most = run(0)
+    found, least = run(offloaded)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    each = 3 * WIDTH * ROWS * 4  # x, tanh and sigmoid
+    assert each > MIN_BYTES
+    # One stays, and one more is on its way; what a backward adds is not at its peak then.
+    assert most - least >= max(0, offloaded - 3) * each
+
+
+def run(offloaded: int) -> tuple[list[torch.Tensor], int]:
+    """Gradients of three steps with two micro-batches each, and the memory that the last took."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        batches = [torch.randn(ROWS, WIDTH) for _ in range(2)]
+    store = PinnedStore()
+    for block in list[Any](blocks)[:offloaded]:
+        block.work = OffloadedBlock(block, store)
+    optimizer = torch.optim.SGD(blocks.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        for batch in batches:
+            blocks(batch).square().mean().backward()
+        optimizer.step()
+    grads = [param.grad.clone() for param in blocks.parameters() if param.grad is not None]
+    return grads, torch.cuda.max_memory_allocated() - before
