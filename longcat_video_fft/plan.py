@@ -224,6 +224,7 @@ def other_settings(config: TrainConfig, world: World, *, depth: int) -> list[dic
         {"gradient_checkpointing_mode": "full"},
         {"gradient_checkpointing_mode": "selective"},
         {"uncheckpointed_blocks": min(config.uncheckpointed_blocks + 4, depth)},
+        {"activation_offload_blocks": depth},
         {"musubi_blocks_to_swap": min(config.musubi_blocks_to_swap + 8, depth)},
         {"optimizer": "adamw"},
         {"optimizer": "adamw_bf16"},
@@ -231,6 +232,8 @@ def other_settings(config: TrainConfig, world: World, *, depth: int) -> list[dic
     ]
     if not config.gradient_checkpointing:
         tries = [{"gradient_checkpointing": True}, *tries[3:]]
+    if not config.compile:
+        tries = [t for t in tries if "activation_offload_blocks" not in t]
     if not config.fsdp_enable:
         tries = [t for t in tries if "musubi_blocks_to_swap" not in t]
     if world.context_size == 1 and world.world_size % 2 == 0 and world.shard_size > 1:

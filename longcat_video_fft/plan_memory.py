@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP32, BF16 = 4, 2
 # What a compiled block keeps for its backward, in values a token beside three of the feed-forward
-# width: 5.5 GiB a layer at 37,440 tokens, measured on an H200 on 2026-11-21.
-BLOCK_WIDTHS = 11.2
-# Alive at once in a block's backward: gradients of the feed-forward's product and its two factors,
-# of the output and of the residual stream.
-GRADIENT_WIDTHS, GRADIENT_FFN_WIDTHS = 2, 3
+# width, and what is alive at once in its backward beside that. Fitted to 14 runs on H200, of 4 to
+# 48 blocks, on one and two GPUs (README.md, "Phase 2"): all are within -4 and +9 % of them.
+BLOCK_WIDTHS = 13.85
+GRADIENT_WIDTHS, GRADIENT_FFN_WIDTHS = 2, 1
 GATHERED_BLOCKS = 3  # in use, fetched ahead, and the buffer that it is fetched into
 OPTIMIZER_CHUNK = 1 << 26  # optimizer.CHUNK: elements of a host-memory block updated at once
 
@@ -227,7 +226,7 @@ class _Run:
         """What one block's backward holds beside that."""
         values = GRADIENT_WIDTHS * self.width + GRADIENT_FFN_WIDTHS * self.ffn
         size = self.tokens * values * self.compute
-        parts = [Part("gradients of activations", size, "3 x feed-forward, 2 x width")]
+        parts = [Part("gradients of activations", size, "of the feed-forward, 2 x width")]
         if self.context_size > 1:
             exchanged = 4 * self.tokens * self.width * self.compute
             parts.append(Part("exchanged heads", exchanged, "q, k, v and the output (Ulysses)"))

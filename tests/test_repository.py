@@ -38,6 +38,7 @@ PACKAGE_OF_MODULE = {
     "cv2": "opencv-python-headless",
     "espeakng_loader": "espeakng-loader",
     "fairseq": "fairseq-fixed",
+    "flash_attn": "flash-attn-4",
     "sklearn": "scikit-learn",
     "utmos_pytorch": "utmos-pytorch",
     "yaml": "pyyaml",
