@@ -145,7 +145,10 @@ def encode_video(path: Path, frames: np.ndarray, *, fps: int, crf: int = 18) -> 
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "fast", "threads": "1"}
+        # x264's AVX-512 code gives other bytes each time (seen on a Sapphire Rapids).
+        stream.options = {
+            "crf": str(crf), "preset": "fast", "threads": "1", "x264-params": "asm=avx2"
+        }  # fmt: skip
         # Without these tags a player guesses the matrix, and at this size it guesses BT.601.
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709

@@ -10,6 +10,7 @@ learn.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -206,6 +207,9 @@ def plot_losses(path: Path) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     started = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)

@@ -317,6 +317,11 @@ class StopRequest:
         return all_sum(torch.tensor([float(self.seen)]))[0].item() > 0
 
 
+def ignore_sigterm(_: int) -> None:
+    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes of a CPU tensor, in place."""
     if dist.get_world_size() > 1:
@@ -349,6 +354,7 @@ def _loader(
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),  # the default one's state must not depend on a resume
         pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
     )

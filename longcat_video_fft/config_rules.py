@@ -307,6 +307,12 @@ def check_model(c: TrainConfig, transformer: Mapping[str, Any]) -> None:
             )
 
 
+def offloaded_blocks(c: TrainConfig, depth: int) -> list[int]:
+    """Those whose activations wait in host memory, spread evenly over the model."""
+    count = min(c.activation_offload_blocks, depth)
+    return [i for i in range(depth) if (i + 1) * count // depth > i * count // depth]
+
+
 def is_installed(package: str) -> bool:
     return any(found.name == package for found in distributions(name=package))
 

@@ -11,6 +11,7 @@ learn.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -50,6 +51,9 @@ def demo_trial(out: Path) -> Trial:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     started = time.monotonic()
     start_logging(is_main=True)
     trial = demo_trial(OUT)

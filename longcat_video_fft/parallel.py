@@ -26,8 +26,9 @@ from torch.utils.checkpoint import (
 )
 
 from longcat_video_fft.attention_kernels import resolve, use_backend
+from longcat_video_fft.config_rules import offloaded_blocks
 from longcat_video_fft.ema import Ema
-from longcat_video_fft.offload import OffloadedBlock, PinnedStore
+from longcat_video_fft.offload import ObservedBlock, PinnedStore
 from longcat_video_fft.optimizer import build_optimizer, local, parameter_groups
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ def parallelize(model: Any, config: TrainConfig, mesh: DeviceMesh) -> None:
     if config.activation_offload_blocks:
         if mesh.device_type != "cuda":
             raise ValueError("activation_offload_blocks needs a GPU; set it to 0.")
-        store = PinnedStore()
-        for block in blocks[: config.activation_offload_blocks]:
-            block.work = OffloadedBlock(block, store)
+        store, offloaded = PinnedStore(), offloaded_blocks(config, len(blocks))
+        for index, block in enumerate(blocks):
+            block.work = ObservedBlock(block, store, is_offloaded=index in offloaded)
     # FSDP2, a unit a block. Timesteps stay float32, so inputs are not cast.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if config.mixed_precision == "bf16":

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from longcat_video_fft.config_rules import offloaded_blocks
 from longcat_video_fft.flops import feed_forward_width
 
 if TYPE_CHECKING:
@@ -182,12 +183,13 @@ class _Run:
 
     def kept(self, alive: int) -> list[Part]:
         """What the first `alive` blocks keep for their backward, but for what host memory has."""
-        first = self.first_on_gpu(alive)
-        checkpointed = max(0, min(alive, self.depth - self.free) - first)
-        others = alive - first - checkpointed
+        away = set(self.moved(alive))
+        here = [index for index in range(alive) if index not in away]
+        checkpointed = sum(index < self.depth - self.free for index in here)
+        others = len(here) - checkpointed
         one = self.tokens * self.width * self.compute
         where = f"{self.tokens} tokens x {self.width} x {self.compute} B"
-        note = f" ({first} others in host memory)" if first else ""
+        note = f" ({len(away)} others in host memory)" if away else ""
         mode = self.config.gradient_checkpointing_mode
         attention = (one + self.tokens * self.heads * FP32) * (mode != "full")
         ffn = one * (mode == "selective_ffn")
@@ -201,11 +203,10 @@ class _Run:
                  f"{self.values:.0f} values a token x {self.compute} B x {others} blocks{note}"),
         ]  # fmt: skip
 
-    def first_on_gpu(self, alive: int) -> int:
-        """Of what `alive` blocks kept, blocks before this one's is in host memory: the last
-        offloaded block's never leaves, and in the backward two come back at a time."""
-        offloaded = min(self.config.activation_offload_blocks, self.depth)
-        return max(0, min(offloaded - 1, alive - 2))
+    def moved(self, alive: int) -> list[int]:
+        """Of the first `alive` blocks those whose activations are in host memory then: of all that
+        are offloaded but two, which have not left or come back."""
+        return [i for i in offloaded_blocks(self.config, self.depth) if i < alive][:-2]
 
     @property
     def num_kept(self) -> int:
@@ -285,13 +286,13 @@ class _Run:
         states = state_bytes(shapes, self.shards, self.config.optimizer)
         ema = FP32 * count * (self.config.ema_decay is not None)
         one = self.tokens * self.width * self.compute
-        moved = max(0, min(self.config.activation_offload_blocks, self.depth) - 1)
-        checkpointed = min(moved, self.depth - self.free)
+        moved = self.moved(self.depth)
+        checkpointed = sum(index < self.depth - self.free for index in moved)
         activations = checkpointed * self.num_kept * one
-        activations += (moved - checkpointed) * self.block_activations
+        activations += (len(moved) - checkpointed) * self.block_activations
         return [
             Part("swapped blocks", 2 * self.master * count + states + ema,
                  f"weights, gradients and states of {self.depth - self.resident} blocks"),
             Part("offloaded activations", activations,
-                 f"of {moved} blocks, {moved - checkpointed} of them without checkpoint"),
+                 f"of {len(moved)} blocks, {len(moved) - checkpointed} of them without checkpoint"),
         ]  # fmt: skip

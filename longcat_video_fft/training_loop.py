@@ -252,6 +252,11 @@ class StopRequest:
         return all_sum(torch.tensor([float(self.seen)]))[0].item() > 0
 
 
+def ignore_sigterm(_: int) -> None:
+    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class WithNoise:
     """What a loader's worker makes of a micro-batch: the batch and its noise, on the CPU."""
 
@@ -272,6 +277,7 @@ def _loader(
         sampler=Positions(engine, start_step=start_step, stop_step=stop_step),
         collate_fn=WithNoise(config),  # pyright: ignore[reportArgumentType]
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),  # the default one's state must not depend on a resume
         pin_memory=engine.device.type == "cuda",
         persistent_workers=False,

@@ -201,6 +201,7 @@ def start(argv: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -241,9 +242,9 @@ def test_many_kills_leave_the_last_good_checkpoint(tiny: Tiny, tmp_path: Path) -
 
 
 def test_sigterm_saves_and_exits(tiny: Tiny, tmp_path: Path) -> None:
-    process = start(tiny.stage1(tmp_path, max_steps=100000))
+    process = start(tiny.stage1(tmp_path, max_steps=100000, dataloader_num_workers=1))
     wait_for(tmp_path / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's worker too, as SLURM does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 0, error
     (checkpoint,) = finished_checkpoints(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -172,18 +173,21 @@ def test_low_precision_trains(tiny: Tiny, again: Path, optimizer: str) -> None:
 def test_a_sigterm_saves_and_the_run_goes_on(
     tiny: Tiny, whole: tuple[Path, str], again: Path
 ) -> None:
-    config = configure(tiny, again, max_train_steps=100000, checkpointing_steps=100000)
+    config = configure(
+        tiny, again, max_train_steps=100000, checkpointing_steps=100000, dataloader_num_workers=1
+    )
     command = train_command(config, "--resume_from_checkpoint", "latest")
     with subprocess.Popen(
-        command, cwd=ROOT, env=launch_env(), stderr=subprocess.PIPE, text=True
-    ) as process:
+        command, cwd=ROOT, env=launch_env(), stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
         metrics = again / "out" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # all of them, as SLURM does
         process.communicate(timeout=120)
     steps = [int(p.name.split("-")[1]) for p in (again / "out").glob("checkpoint-*")]
     last = max(steps)
