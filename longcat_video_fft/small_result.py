@@ -130,7 +130,8 @@ def vae_alone(trial: Trial) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from longcat_video_fft.train_vae import decode, encode, load_vae, read_videos, to_pixels
+    from longcat_video_fft.small_vae import decode, encode, load_vae, to_pixels
+    from longcat_video_fft.train_vae import read_videos
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(trial.out / "vae").eval().to(device)

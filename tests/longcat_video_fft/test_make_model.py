@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.shapes import COLOURS, DIRECTIONS, SHAPES, scene_of
-from longcat_video_fft import make_model, train_vae
+from longcat_video_fft import make_model, small_vae
 from longcat_video_fft.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.train import build_transformer
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "captions" / "sub").mkdir(parents=True)
     for number, caption in enumerate(CAPTIONS):
         (folder / "captions" / "sub" / f"{number}.txt").write_text(caption)
-    train_vae.save(train_vae.build_vae(4, 1), folder / "vae")
+    small_vae.save(small_vae.build_vae(4, 1), folder / "vae")
     words = ["--size", "small", "--captions", str(folder / "captions")]
     assert make_model.main([str(folder / "model"), *words, "--vae", str(folder / "vae")]) == 0
     return folder / "model"

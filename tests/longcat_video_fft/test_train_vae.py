@@ -10,7 +10,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from data.make_videos import make_videos
-from longcat_video_fft import train_vae
+from longcat_video_fft import small_vae, train_vae
 from longcat_video_fft.vae import load_video_encoder
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_frames", [1, 9])
 def test_two_pieces_give_what_diffusers_gives(num_frames: int) -> None:
     torch.manual_seed(0)
-    vae = train_vae.build_vae(4, 1)
+    vae = small_vae.build_vae(4, 1)
     video = torch.rand(2, 3, num_frames, 32, 48) * 2 - 1
     latents = torch.randn(2, 16, (num_frames - 1) // 4 + 1, 4, 6)
     with torch.no_grad():
-        torch.testing.assert_close(train_vae.encode(vae, video), vae._encode(video))
-        decoded = train_vae.decode(vae, latents).clamp(-1, 1)
+        torch.testing.assert_close(small_vae.encode(vae, video), vae._encode(video))
+        decoded = small_vae.decode(vae, latents).clamp(-1, 1)
         torch.testing.assert_close(decoded, vae.decode(latents, return_dict=False)[0])
 
 
@@ -64,7 +64,7 @@ def test_the_command_trains_measures_and_saves(videos: Path, tmp_path: Path) -> 
 
 def test_the_loss_falls(videos: Path) -> None:
     torch.manual_seed(0)
-    vae = train_vae.build_vae(4, 1)
+    vae = small_vae.build_vae(4, 1)
     pixels = torch.from_numpy(train_vae.read_videos(videos, num_frames=1))
     args = train_vae.parse([str(videos), "out", "--steps", "40", "--batch-size", "4"])
     before = train_vae.measure_psnr(vae, pixels)
@@ -76,7 +76,7 @@ def test_the_loss_falls(videos: Path) -> None:
 
 
 def test_time_ends_the_training(videos: Path) -> None:
-    vae = train_vae.build_vae(4, 1)
+    vae = small_vae.build_vae(4, 1)
     pixels = torch.from_numpy(train_vae.read_videos(videos, num_frames=1))
     args = train_vae.parse([str(videos), "out", "--minutes", "0.01", "--batch-size", "1"])
     steps, seconds = train_vae.fit(vae, pixels, args)
@@ -111,8 +111,8 @@ def test_folders_without_videos(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_saved_folder_is_diffusers_own(tmp_path: Path) -> None:
-    vae = train_vae.build_vae(4, 1)
-    train_vae.save(vae, tmp_path / "vae")
-    train_vae.save(vae, tmp_path / "vae")  # replaces
+    vae = small_vae.build_vae(4, 1)
+    small_vae.save(vae, tmp_path / "vae")
+    small_vae.save(vae, tmp_path / "vae")  # replaces
     loaded = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
     assert loaded.config["base_dim"] == 4
