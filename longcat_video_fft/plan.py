@@ -9,6 +9,7 @@ something would stop the run.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +111,28 @@ def lines(
         problems.append(
             f"{needed / GIB:.1f} GiB a GPU are needed and there are {machine.gpu_bytes / GIB:.1f}"
         )
+    problems += host_problems(memory, min(torch.cuda.device_count(), machine.count))
     return [*text, ""], problems
+
+
+def host_problems(memory: Memory, local_gpus: int) -> list[str]:
+    """Whether the processes of this machine's GPUs find the host memory that they need."""
+    needed, has = local_gpus * sum(part.num_bytes for part in memory.host), host_memory()
+    if needed <= has:
+        return []
+    return [
+        f"{needed / GIB:.1f} GiB of host memory are needed for {local_gpus} GPUs here and there "
+        f"are {has / GIB:.1f}; lower activation_offload_blocks or musubi_blocks_to_swap"
+    ]
+
+
+def host_memory() -> int:
+    """Bytes that this machine or its container has."""
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        has = min(has, int(text))
+    return has
 
 
 def find_machine(config: TrainConfig, num_gpus: int | None) -> Machine:

@@ -280,19 +280,25 @@ class _Run:
         return Part("streamed update", size, "weights, gradients and states of one piece")
 
     def host(self) -> list[Part]:
-        """In host memory: swapped blocks, offloaded activations."""
-        shapes = [shape for block in self.sizes.blocks[self.resident :] for shape in block]
-        count = shard_size(shapes, self.shards)
-        states = state_bytes(shapes, self.shards, self.config.optimizer)
-        ema = FP32 * count * (self.config.ema_decay is not None)
+        """In host memory: swapped blocks, offloaded activations, a checkpoint on its way out."""
+        swapped = [shape for block in self.sizes.blocks[self.resident :] for shape in block]
+        everything = [*self.sizes.root, *(shape for block in self.sizes.blocks for shape in block)]
         one = self.tokens * self.width * self.compute
         moved = self.moved(self.depth)
         checkpointed = sum(index < self.depth - self.free for index in moved)
         activations = checkpointed * self.num_kept * one
         activations += (len(moved) - checkpointed) * self.block_activations
         return [
-            Part("swapped blocks", 2 * self.master * count + states + ema,
+            Part("swapped blocks",
+                 self.saved(swapped) + self.master * shard_size(swapped, self.shards),
                  f"weights, gradients and states of {self.depth - self.resident} blocks"),
             Part("offloaded activations", activations,
                  f"of {len(moved)} blocks, {len(moved) - checkpointed} of them without checkpoint"),
+            Part("checkpoint", self.saved(everything), "a copy while it is written"),
         ]  # fmt: skip
+
+    def saved(self, shapes: Sequence[Shape]) -> int:
+        """Of weights, states and averages of one device."""
+        count = shard_size(shapes, self.shards)
+        states = state_bytes(shapes, self.shards, self.config.optimizer)
+        return self.master * count + states + FP32 * count * (self.config.ema_decay is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from longcat_video_fft import plan_time
+from longcat_video_fft import plan, plan_time
 from longcat_video_fft.buckets import Bucket
 from longcat_video_fft.config import TrainConfig
 from longcat_video_fft.config_rules import check_world
@@ -178,8 +179,32 @@ def test_accumulation_keeps_gradients_from_the_start(released: ModelSizes) -> No
 def test_swapped_blocks_are_in_host_memory(released: ModelSizes) -> None:
     config = TrainConfig(musubi_blocks_to_swap=4)
     memory = predict_memory(config, released, check_world(config, 8), LONG)
-    (part,) = memory.host
-    assert part.num_bytes == 8 * 4 * 282_132_992 // 8
+    host = {part.name: part.num_bytes for part in memory.host}
+    assert host["swapped blocks"] == 8 * 4 * 282_132_992 // 8
+    assert host["checkpoint"] / 1e9 == pytest.approx(81.5 / 8, rel=1e-3)
+
+
+def test_host_memory_is_told_and_checked(
+    released: ModelSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(activation_offload_blocks=24, uncheckpointed_blocks=24)
+    memory = predict_memory(config, released, check_world(config, 8), LONG)
+    host = {part.name: part.num_bytes for part in memory.host}
+    # 24 of 48: every second one, of which the last two have not left at the end of the forward.
+    one = 37_440 * 4096 * 2
+    whole = 37_440 * (13.85 * 4096 + 3 * 11_008) * 2
+    assert host["offloaded activations"] == pytest.approx(12 * 2 * one + 10 * whole, rel=1e-6)
+    needed = sum(host.values())
+    monkeypatch.setattr(plan, "host_memory", lambda: 8 * needed)
+    assert plan.host_problems(memory, 8) == []
+    monkeypatch.setattr(plan, "host_memory", lambda: 8 * needed - 1)
+    (problem,) = plan.host_problems(memory, 8)
+    assert "for 8 GPUs here" in problem
+    assert "lower activation_offload_blocks" in problem
+
+
+def test_host_memory_of_this_machine() -> None:
+    assert 2**30 < plan.host_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def samples_of(*buckets: Bucket, batch_size: int = 1, seed: int = 0) -> Samples:
