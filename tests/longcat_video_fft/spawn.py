@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# Imported once, in a process from which the others are forked.
+multiprocessing.set_forkserver_preload(
+    ["longcat_video_fft.train", "longcat_video_fft.parallel", "longcat_video_fft.validation"]
+)
+
+
 def spawn(function: Callable[..., None], *args: Any, processes: int = 2) -> None:
     """Calls `function(*args)` in each process; raises what any of them raises."""
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        mp.spawn(_run, (function, processes, store, args), nprocs=processes)  # pyright: ignore
+        arguments = (function, processes, str(Path(folder) / "store"), args)
+        mp.start_processes(_run, arguments, nprocs=processes, start_method="forkserver")  # pyright: ignore
 
 
 def join_alone() -> None:

@@ -85,7 +85,6 @@ def load_in_processes(folder: Path) -> None:
     assert differing(whole_state(engine), expected) == []
 
 
-@pytest.mark.long
 def test_resume_is_bitwise_on_any_number_of_processes(tmp_path: Path) -> None:
     spawn(resume_in_processes, tmp_path)
     join_alone()
@@ -142,7 +141,6 @@ def fail_on_one_process(folder: Path) -> None:
     assert find_checkpoint("latest", folder) == folder / "checkpoint-3"
 
 
-@pytest.mark.long
 def test_an_error_of_one_process_is_every_ones(tmp_path: Path) -> None:
     spawn(fail_on_one_process, tmp_path)
 

@@ -225,7 +225,7 @@ def s3_copy(caches: Caches, s3_url: str) -> str:
 @pytest.mark.usefixtures("s3_environment")
 @pytest.mark.parametrize(
     "start_method",
-    ["fork", *(pytest.param(name, marks=pytest.mark.long) for name in ("spawn", "forkserver"))],
+    ["fork", "spawn", "forkserver"],
 )
 def test_caches_in_s3_are_the_same(
     data: DataConfig, s3_url: str, s3_copy: str, tmp_path: Path, start_method: str

@@ -74,7 +74,6 @@ def swap_under_fsdp() -> None:
         assert differing(own_state(engine), own_state(again)) == []
 
 
-@pytest.mark.long
 def test_swapped_under_fsdp_and_back() -> None:
     """FSDP keeps some gathered weights after a forward without gradient: they must not be used."""
     spawn(swap_under_fsdp)

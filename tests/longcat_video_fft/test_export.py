@@ -127,7 +127,6 @@ def test_snippet_runs_without_this_package_and_gives_the_same_video(
     assert pipe.max_tokens == TOKENS
 
 
-@pytest.mark.long
 def test_released_precision_loads_alone(base: Path, tmp_path: Path) -> None:
     module = write(base, tmp_path / "out", layout="diffusers", dtype=None)
     stored = load_file(tmp_path / "out" / "transformer" / WEIGHTS)
@@ -253,7 +252,6 @@ def train_and_save(base: str, out: str) -> None:
     export.export_model(engine, config, Path(out))
 
 
-@pytest.mark.long
 @pytest.mark.dist
 def test_export_of_two_devices_and_of_their_checkpoint(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

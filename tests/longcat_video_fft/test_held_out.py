@@ -190,7 +190,6 @@ def take_step(engine: Engine) -> None:
     engine.step()
 
 
-@pytest.mark.long
 def test_two_processes_say_the_same(data: DataConfig) -> None:
     """5 and 15 forwards: one process has a repeat, which does not count."""
     join_alone()

@@ -140,12 +140,8 @@ def test_three_and_three_steps_are_six(
     [
         (1, {"gradient_accumulation_steps": 4}),
         (2, {"gradient_accumulation_steps": 4, "context_parallel_size": 2}),
-        pytest.param(
-            2,
-            {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(2, {"fsdp_replicate_size": 2}, marks=pytest.mark.long),
+        (2, {"gradient_checkpointing_mode": "full", "musubi_blocks_to_swap": 1}),
+        (2, {"fsdp_replicate_size": 2}),
     ],
     ids=["one process", "context parallel", "recomputing and offload", "replicas"],
 )
@@ -159,9 +155,7 @@ def test_other_layouts_go_on_alike(
     assert list(losses(again).values()) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adamw_bf16", pytest.param("adamw_8bit", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw_bf16", "adamw_8bit"])
 def test_low_precision_trains(tiny: Tiny, again: Path, optimizer: str) -> None:
     shutil.rmtree(again / "out")
     options = {"mixed_precision": "bf16", "max_train_steps": 2, "ema_decay": None}

@@ -152,7 +152,7 @@ def test_a_video_a_prompt_with_metrics_and_pictures(config_path: Path, alone: Pa
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("context", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("context", [1, 2])
 def test_two_processes_make_the_videos_of_one(
     config_path: Path, alone: Path, tmp_path: Path, context: int
 ) -> None:
