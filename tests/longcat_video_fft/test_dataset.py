@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -223,10 +224,7 @@ def s3_copy(caches: Caches, s3_url: str) -> str:
 
 
 @pytest.mark.usefixtures("s3_environment")
-@pytest.mark.parametrize(
-    "start_method",
-    ["fork", "spawn", "forkserver"],
-)
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_caches_in_s3_are_the_same(
     data: DataConfig, s3_url: str, s3_copy: str, tmp_path: Path, start_method: str
 ) -> None:
@@ -238,6 +236,8 @@ def test_caches_in_s3_are_the_same(
     local = read_all(here)
     for one, other in zip(local, read_all(there), strict=True):
         assert_same(one, other)
+    if start_method == "forkserver":  # a server that runs already does not know the credentials
+        forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
     loader = DataLoader(
         there, sampler=range(here.order.epoch_length), batch_size=None, num_workers=2, timeout=60,
         multiprocessing_context=start_method,
