@@ -10,7 +10,6 @@ B batch, H heads, N queries, M keys, D head size.
 from __future__ import annotations
 
 import contextlib
-from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longcat_video_fft import attention
+from longcat_video_fft.config_rules import is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ def resolve(mechanism: str, head_dim: int, device: torch.device) -> str:
     if mechanism != "diffusers" or device.type != "cuda" or head_dim not in FLASH4_HEADS:
         return mechanism
     is_new = torch.cuda.get_device_capability(device)[0] in FLASH4_GPUS
-    return "flash4" if is_new and any(distributions(name="flash-attn-4")) else mechanism
+    return "flash4" if is_new and is_installed("flash-attn-4") else mechanism
 
 
 @contextlib.contextmanager

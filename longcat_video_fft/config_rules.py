@@ -314,7 +314,7 @@ def offloaded_blocks(c: TrainConfig, depth: int) -> list[int]:
 
 
 def is_installed(package: str) -> bool:
-    return any(found.name == package for found in distributions(name=package))
+    return any(distributions(name=package))
 
 
 def divisors(number: int) -> list[int]:

@@ -42,13 +42,13 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 1024
 LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large checkpoint
 ATTENTION_OPS = (
-    "aten._scaled_dot_product_cudnn_attention.default",
-    "aten._scaled_dot_product_flash_attention.default",
-    "aten._scaled_dot_product_efficient_attention.default",
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "longcat_video_fft.flash4.default",
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.longcat_video_fft.flash4.default,  # of attention_kernels
 )
-PRODUCT_OPS = ("aten.mm.default", "aten._scaled_mm.default")
+PRODUCT_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
 
 
 def init_processes() -> torch.device:
@@ -152,9 +152,9 @@ def keep_costly(
     over the caption's few keys it is cheap. A product costs its inner width an output, and only
     the feed-forward's last one has an inner width above twice its outputs."""
     is_kept = False
-    if str(op) in ATTENTION_OPS:
+    if op in ATTENTION_OPS:
         is_kept = args[1].shape[-2] >= args[0].shape[-2]
-    elif keeps_ffn and str(op) in PRODUCT_OPS:
+    elif keeps_ffn and op in PRODUCT_OPS:
         is_kept = args[0].shape[-1] > 2 * args[1].shape[-1]
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 

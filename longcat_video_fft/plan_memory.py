@@ -185,7 +185,7 @@ class _Run:
         """What the first `alive` blocks keep for their backward, but for what host memory has."""
         away = set(self.moved(alive))
         here = [index for index in range(alive) if index not in away]
-        checkpointed = sum(index < self.depth - self.free for index in here)
+        checkpointed = self.num_checkpointed(here)
         others = len(here) - checkpointed
         one = self.tokens * self.width * self.compute
         where = f"{self.tokens} tokens x {self.width} x {self.compute} B"
@@ -202,6 +202,9 @@ class _Run:
             Part("blocks without checkpoint", others * self.block_activations,
                  f"{self.values:.0f} values a token x {self.compute} B x {others} blocks{note}"),
         ]  # fmt: skip
+
+    def num_checkpointed(self, blocks: list[int]) -> int:
+        return sum(index < self.depth - self.free for index in blocks)
 
     def moved(self, alive: int) -> list[int]:
         """Of the first `alive` blocks those whose activations are in host memory then: of all that
@@ -285,7 +288,7 @@ class _Run:
         everything = [*self.sizes.root, *(shape for block in self.sizes.blocks for shape in block)]
         one = self.tokens * self.width * self.compute
         moved = self.moved(self.depth)
-        checkpointed = sum(index < self.depth - self.free for index in moved)
+        checkpointed = self.num_checkpointed(moved)
         activations = checkpointed * self.num_kept * one
         activations += (len(moved) - checkpointed) * self.block_activations
         return [

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 # Imported once, in a process from which the others are forked.
-multiprocessing.set_forkserver_preload(
-    ["longcat_video_fft.train", "longcat_video_fft.parallel", "longcat_video_fft.validation"]
-)
+multiprocessing.set_forkserver_preload(["longcat_video_fft.validation"])
 
 
 def spawn(function: Callable[..., None], *args: Any, processes: int = 2) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import distributions
-
 import pytest
 import torch
 
@@ -16,9 +14,10 @@ from longcat_video_fft.attention_kernels import (
     resolve,
     use_backend,
 )
+from longcat_video_fft.config_rules import is_installed
 
 needs_flash4 = pytest.mark.skipif(
-    not torch.cuda.is_available() or not any(distributions(name="flash-attn-4")),
+    not torch.cuda.is_available() or not is_installed("flash-attn-4"),
     reason="needs a GPU and flash-attn-4",
 )
 
