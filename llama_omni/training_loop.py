@@ -200,6 +200,7 @@ def evaluate(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,  # pyright: ignore
+        worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),
     ):
         with engine.autocast():
