@@ -26,7 +26,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import pytest
 
@@ -46,6 +46,7 @@ class Fault:
         delay_s: waited before the answer.
         after_bytes: of the body, then follows what is below; None: all of it.
         pause_s: waited there.
+        meanwhile: done there, after the pause.
         then: "go_on", "cut" (the connection closes as if all were sent) or "reset".
     """
 
@@ -56,6 +57,7 @@ class Fault:
     delay_s: float = 0.0
     after_bytes: int | None = None
     pause_s: float = 0.0
+    meanwhile: Callable[[], object] = lambda: None
     then: str = "go_on"
 
 
@@ -142,6 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         sent = len(body) if fault.after_bytes is None else fault.after_bytes
         self.wfile.write(body[:sent])
         proxy.stopping.wait(fault.pause_s)
+        fault.meanwhile()
         if fault.then == "go_on":
             self.wfile.write(body[sent:])
             return
