@@ -1,0 +1,1 @@
+"""LoRA fine-tuning of LongCat-Flash-Omni: video and speech in, speech out."""

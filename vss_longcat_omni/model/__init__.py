@@ -1,0 +1,1 @@
+"""LongCat-Flash-Omni, our own code under the official parameter names."""
