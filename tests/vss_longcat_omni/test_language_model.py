@@ -1,0 +1,167 @@
+"""The language model against transformers' LongcatFlash, packing, the cache, sizes as released."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+from tests.vss_longcat_omni.tiny import SIZES, randomize, tiny_config
+from vss_longcat_omni.model import experts
+from vss_longcat_omni.model.attention import LatentCache
+from vss_longcat_omni.model.config import LongcatOmniConfig
+from vss_longcat_omni.model.language_model import LongcatFlashModel
+
+NUM_EXPERTS = SIZES["n_routed_experts"]
+
+
+@pytest.fixture
+def model() -> LongcatFlashModel:
+    model = LongcatFlashModel(tiny_config())
+    randomize(model)
+    return model
+
+
+def theirs(model: LongcatFlashModel) -> LongcatFlashForCausalLM:
+    """transformers' model with our weights; its experts have rows for the identity experts too."""
+    other = LongcatFlashForCausalLM(LongcatFlashConfig(**SIZES))
+    state = other.state_dict()
+    for name, value in model.state_dict().items():
+        state[f"model.{name}"][: len(value)] = value
+    other.load_state_dict(state)
+    return other.float()
+
+
+def run(model: LongcatFlashModel, embeds: Tensor, lengths: list[int]) -> Tensor:
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    return model(embeds, position_ids, lengths)
+
+
+def first_moe(model: LongcatFlashModel) -> Any:
+    """Typed loosely: a ModuleList does not know what it holds."""
+    return model.layers[0].mlp
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    return ((value - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def test_outputs_and_all_gradients_equal_transformers(model: LongcatFlashModel) -> None:
+    other = theirs(model)
+    embeds = torch.randn(1, 23, SIZES["hidden_size"], requires_grad=True)
+    ours = embeds.detach()[0].clone().requires_grad_()
+    wanted = other.model(inputs_embeds=embeds).last_hidden_state[0]
+    found = run(model, ours, [23])
+    assert relative(found, wanted) < 1e-5
+    weight = torch.randn(23, SIZES["hidden_size"])
+    (wanted * weight).sum().backward()
+    (found * weight).sum().backward()
+    assert embeds.grad is not None
+    assert ours.grad is not None
+    assert relative(ours.grad, embeds.grad[0]) < 1e-5
+    gradients = {name: param.grad for name, param in other.model.named_parameters()}
+    for name, param in model.named_parameters():
+        wanted_grad = gradients[name]
+        if name == "embed_tokens.weight":  # the embeddings were given
+            continue
+        assert param.grad is not None, name
+        assert wanted_grad is not None, name
+        assert relative(param.grad, wanted_grad[: len(param)]) < 1e-5, name
+
+
+def test_some_picks_are_identity_experts(model: LongcatFlashModel) -> None:
+    """Else the comparison above would say nothing about them."""
+    chosen, _ = first_moe(model).router(torch.randn(50, SIZES["hidden_size"]))
+    assert 0.1 < (chosen >= NUM_EXPERTS).float().mean() < 0.9
+
+
+def test_a_packed_sequence_sees_itself_alone(model: LongcatFlashModel) -> None:
+    parts = [torch.randn(length, SIZES["hidden_size"]) for length in (5, 9, 1)]
+    packed = run(model, torch.cat(parts), [5, 9, 1])
+    for part, found in zip(parts, packed.split([5, 9, 1]), strict=True):
+        torch.testing.assert_close(found, run(model, part, [len(part)]))
+
+
+def test_the_cache_gives_what_the_whole_sequence_gives(model: LongcatFlashModel) -> None:
+    embeds = torch.randn(12, SIZES["hidden_size"])
+    caches = [LatentCache() for _ in range(2 * SIZES["num_layers"])]
+    found = [
+        model(embeds[start:stop], torch.arange(start, stop), [stop - start], caches)
+        for start, stop in itertools.pairwise([0, 7, 8, 10, 12])
+    ]
+    torch.testing.assert_close(torch.cat(found), run(model, embeds, [12]))
+
+
+def test_checkpointing_changes_nothing(model: LongcatFlashModel) -> None:
+    def gradients() -> list[Tensor | None]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        run(model, torch.randn(10, SIZES["hidden_size"]), [4, 6]).pow(2).sum().backward()
+        return [param.grad for param in model.layers.parameters()]
+
+    plain = gradients()
+    model.checkpoint_every = 1
+    for with_it, without in zip(gradients(), plain, strict=True):
+        assert with_it is not None
+        assert without is not None
+        assert torch.equal(with_it, without)
+
+
+def test_the_loop_over_experts_equals_the_grouped_product() -> None:
+    ends = torch.tensor([3, 3, 8], dtype=torch.int32)  # the second has no row, the last two none
+    rows, weight = torch.randn(10, 16), torch.randn(3, 8, 16)
+    grouped = experts.grouped_linear(rows, weight, ends)
+    looped = experts.grouped_linear_by_loop(rows, weight, ends)
+    torch.testing.assert_close(looped[:8], grouped[:8])
+    assert looped.shape == grouped.shape
+
+
+def test_rubbish_in_rows_of_identity_experts_does_not_spread(
+    model: LongcatFlashModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grouped product leaves those rows as the memory was: here, not a number."""
+    layer = first_moe(model)
+    x = torch.randn(20, SIZES["hidden_size"], requires_grad=True)
+    layer(x).sum().backward()
+    wanted = x.grad
+    assert wanted is not None
+    x.grad = None
+
+    def spoil(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        out = grouped_linear(rows, weight, ends)
+        is_unused = torch.arange(len(rows)) >= ends[-1]
+        out.register_hook(lambda grad: grad.masked_fill(is_unused[:, None], float("nan")))
+        return out.masked_fill(is_unused[:, None], float("nan"))
+
+    grouped_linear = experts.grouped_linear
+    monkeypatch.setattr(experts, "grouped_linear", spoil)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, wanted)
+
+
+def test_casting_the_model_leaves_the_router_s_correction_exact(model: LongcatFlashModel) -> None:
+    router = first_moe(model).router
+    exact = router.e_score_correction_bias.clone()
+    model.bfloat16()
+    assert router.classifier.weight.dtype == torch.bfloat16
+    assert torch.equal(router.e_score_correction_bias, exact)
+
+
+def test_sizes_of_the_released_model() -> None:
+    """560.66 billion parameters, of which 27.15 work on a token: 8 of 12 picks have weights."""
+    config = LongcatOmniConfig()
+    with torch.device("meta"):
+        model = LongcatFlashModel(config)
+    assert first_moe(model).experts.gate_up_proj.shape == (512, 4096, 6144)
+    lm_head = config.vocab_size * config.hidden_size
+    total = sum(param.numel() for param in model.parameters()) + lm_head
+    in_experts = sum(param.numel() for n, param in model.named_parameters() if ".experts." in n)
+    embedding = model.embed_tokens.weight.numel()
+    active = total - embedding - in_experts + in_experts * 8 // 512
+    assert round(total / 1e9, 2) == 560.66
+    assert round(active / 1e9, 2) == 27.15

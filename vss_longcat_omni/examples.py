@@ -1,0 +1,146 @@
+"""A prepared sample -> what the model takes: streams with labels, patches, features.
+
+Follows prepare.py; collator.py puts several together. What the conversation says is the business
+of `preprocess_function` in train_ds.py, which a user may edit.
+
+Shapes: T positions, S audio streams, P patches, F audio tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vss_longcat_omni.dataset import read_transcript
+from vss_longcat_omni.interleave import plan_interleaved
+from vss_longcat_omni.pixels import num_tokens as num_unit_tokens
+from vss_longcat_omni.pixels import plan_pooling, to_patches
+from vss_longcat_omni.template import MediaItem, build_labels, build_streams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from vss_longcat_omni.frame_sampling import Strategy
+    from vss_longcat_omni.pixels import Grid, PixelConfig, PooledGrid
+    from vss_longcat_omni.prepare import PreparedSample
+    from vss_longcat_omni.special_tokens import SpecialTokens
+    from vss_longcat_omni.template import Streams, Turn
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample."""
+
+    input_ids: Tensor  # (T,)
+    audio_ids: Tensor  # (T, S)
+    text_labels: Tensor  # (T,), at the position that they describe
+    audio_labels: Tensor  # (T, S)
+    pixel_values: Tensor  # (P, patch size)
+    grids: list[Grid]
+    pooled_grids: list[PooledGrid]
+    features: Tensor  # (F, feature size)
+
+
+class VssDataset(Dataset[Example]):
+    """Args:
+        prepared: the samples.
+        converse: the conversation of a sample, given its folder, what it shows and sounds, its
+            transcript (None where none is wanted) and its answer's codes.
+        use_transcripts: every sample needs one.
+
+    Raises:
+        ValueError: a transcript is missing, or longer than its answer, by the sample's name.
+    """
+
+    def __init__(
+        self,
+        prepared: Sequence[PreparedSample],
+        converse: Callable[[Path, MediaItem, str | None, Tensor], list[Turn]],
+        tokenizer: Any,
+        *,
+        tokens: SpecialTokens,
+        pixels: PixelConfig,
+        use_transcripts: bool,
+        show_progress: bool = False,
+    ) -> None:
+        self.prepared, self.converse = prepared, converse
+        self.tokenizer, self.tokens, self.pixels = tokenizer, tokens, pixels
+        self.use_transcripts = use_transcripts
+        each = tqdm(prepared, desc="reading samples", disable=not show_progress)
+        self.lengths = [len(self.build_streams(sample).input_ids) for sample in each]
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self.prepared[index]
+        streams = self.build_streams(sample)
+        text_labels, audio_labels = build_labels(streams, tokens=self.tokens)
+        pixel_values, grids = to_patches(sample.load_frames(), self.pixels)
+        return Example(
+            input_ids=streams.input_ids,
+            audio_ids=streams.audio_ids,
+            text_labels=text_labels,
+            audio_labels=audio_labels,
+            pixel_values=pixel_values,
+            grids=grids,
+            pooled_grids=pool(grids, self.pixels),
+            features=sample.load_features(),
+        )
+
+    def build_streams(self, sample: PreparedSample) -> Streams:
+        name = sample.sample.name
+        try:
+            media = plan_media(
+                sample.frame_shape,
+                sample.timestamps,
+                sample.strategy,
+                sample.num_audio_tokens,
+                pixels=self.pixels,
+            )
+            folder = sample.sample.video.parent
+            turns = self.converse(folder, media, self._transcript(sample), sample.codes)
+            return build_streams(turns, self.tokenizer, tokens=self.tokens)
+        except ValueError as error:
+            raise ValueError(f"sample {name}: {error}") from error
+
+    def _transcript(self, sample: PreparedSample) -> str | None:
+        path = sample.sample.transcript
+        if path is not None and self.use_transcripts:
+            return read_transcript(path)
+        if self.use_transcripts:
+            wanted = sample.sample.output_audio.with_suffix(".txt").name
+            raise ValueError(
+                f"no {wanted} beside {sample.sample.output_audio.name}. Write what the answer "
+                "says, or train without text by --transcripts none."
+            )
+        return None
+
+
+def plan_media(
+    frame_shape: tuple[int, ...],
+    timestamps: Sequence[str],
+    strategy: Strategy,
+    num_audio_tokens: int,
+    *,
+    pixels: PixelConfig,
+) -> MediaItem:
+    """What a video (frames, height, width, 3) and its sound are as tokens, in their order."""
+    frames, height, width, _ = frame_shape
+    grid = (1, height // pixels.patch_size, width // pixels.patch_size)
+    pooled = pool([grid] * max(1, frames // 2), pixels)
+    image_tokens = [num_unit_tokens((1, h, w)) for h, w in pooled]
+    return MediaItem(
+        plan_interleaved(timestamps, image_tokens, num_audio_tokens, strategy=strategy)
+    )
+
+
+def pool(grids: list[Grid], pixels: PixelConfig) -> list[PooledGrid]:
+    """Of one video, which is all that a sample shows."""
+    return plan_pooling([grids], pixels)[1][0]

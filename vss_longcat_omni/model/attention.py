@@ -1,0 +1,167 @@
+"""Multi-head latent attention (MLA) over packed sequences, as LongCat-Flash has it.
+
+Two low-rank projections: queries through `q_lora_rank`, keys and values through one latent of
+`kv_lora_rank` that all heads share, beside one rotary key. Both are scaled by
+sqrt(hidden_size / rank) (transformers: `LongcatFlashMLA`).
+
+Shapes: T packed tokens, L cached tokens, H hidden size, A heads, N width of a head without
+position, R its rotary width, V width of its values, C the latent's width (`kv_lora_rank`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vss_longcat_omni.model.config import LongcatOmniConfig
+
+LATENT_NORM_EPS = 1e-6  # not the config's rms_norm_eps: these two norms keep the class's default
+
+
+@dataclass
+class LatentCache:
+    """What one attention sublayer keeps of the tokens so far: C + R numbers a token."""
+
+    latents: Tensor | None = None  # (L, C), normed and scaled
+    rotary_keys: Tensor | None = None  # (L, R)
+
+    def append(self, latents: Tensor, rotary_keys: Tensor) -> None:
+        if self.latents is not None and self.rotary_keys is not None:
+            latents = torch.cat([self.latents, latents])
+            rotary_keys = torch.cat([self.rotary_keys, rotary_keys])
+        self.latents, self.rotary_keys = latents, rotary_keys
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LongcatFlashMLA(nn.Module):
+    def __init__(self, config: LongcatOmniConfig) -> None:
+        super().__init__()
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        self.num_heads = num_heads
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_head_dim, self.kv_lora_rank = config.v_head_dim, config.kv_lora_rank
+        qk_head_dim = self.nope_dim + self.rope_dim
+        bias = config.attention_bias
+        self.q_a_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=bias)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, num_heads * qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden_size, config.kv_lora_rank + self.rope_dim, bias=bias
+        )
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, num_heads * (self.nope_dim + self.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=bias)
+        self.q_scale = (hidden_size / config.q_lora_rank) ** 0.5
+        self.kv_scale = (hidden_size / config.kv_lora_rank) ** 0.5
+        self.softmax_scale = qk_head_dim**-0.5
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        lengths: Sequence[int],
+        cache: LatentCache | None = None,
+    ) -> Tensor:
+        """(T, H) -> (T, H); each of the packed sequences, of these `lengths`, sees itself alone.
+
+        With a `cache`, x continues the one sequence that is in it.
+        """
+        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) * self.q_scale
+        q_nope, q_rope = queries.unflatten(-1, (self.num_heads, -1)).split(
+            [self.nope_dim, self.rope_dim], dim=-1
+        )  # (T, A, N), (T, A, R)
+        latents, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [self.kv_lora_rank, self.rope_dim], dim=-1
+        )
+        latents = self.kv_a_layernorm(latents) * self.kv_scale  # (T, C)
+        q_rope, k_rope = rotate(q_rope, rotation), rotate(k_rope[:, None], rotation)[:, 0]
+        if cache is not None:
+            has_past = cache.latents is not None
+            cache.append(latents, k_rope)
+            if has_past:
+                return self.o_proj(self._attend_latents(q_nope, q_rope, cache))
+        k_nope, values = self._expand(latents)  # (T, A, N), (T, A, V)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.num_heads, -1)], dim=-1)
+        return self.o_proj(attend(q, k, values, lengths, scale=self.softmax_scale).flatten(1))
+
+    def _expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, C) -> the keys' part without position (T, A, N) and the values (T, A, V)."""
+        expanded = self.kv_b_proj(latents).unflatten(-1, (self.num_heads, -1))
+        k_nope, values = expanded.split([self.nope_dim, self.v_head_dim], dim=-1)
+        return k_nope, values
+
+    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache) -> Tensor:
+        """(T, A * V): the last T of the cached tokens, without keys and values of the others.
+
+        q (W_k c) = (W_k^T q) c: the latents themselves serve as keys and values of one shared head.
+        kv_b_proj of the unit matrix is its weight, transposed, whatever adapter is on it.
+        """
+        latents, rotary_keys = cache.latents, cache.rotary_keys
+        assert latents is not None
+        assert rotary_keys is not None
+        unit = torch.eye(self.kv_lora_rank, dtype=latents.dtype, device=latents.device)
+        w_keys, w_values = self._expand(unit)  # (C, A, N), (C, A, V)
+        q = torch.cat([torch.einsum("tan,can->tac", q_nope, w_keys), q_rope], dim=-1)
+        k = torch.cat([latents, rotary_keys], dim=-1)
+        num_new, num_all = len(q), len(k)
+        mask = torch.ones(num_new, num_all, dtype=torch.bool, device=q.device)
+        mask = mask.tril(num_all - num_new)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(0, 1),  # (A, T, C + R)
+            k.expand(self.num_heads, -1, -1),
+            latents.expand(self.num_heads, -1, -1),
+            attn_mask=mask,
+            scale=self.softmax_scale,
+        )  # (A, T, C)
+        return torch.einsum("atc,cav->tav", mixed, w_values).flatten(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float) -> Tensor:
+    """Causal attention inside each packed sequence: q, k (T, A, N + R), v (T, A, V) -> (T, A, V).
+
+    One call a sequence: the block-diagonal mask of a pack would cost the square of its length.
+    """
+    heads_first = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (q, k, v))
+    mixed = [
+        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scale)
+        for q_i, k_i, v_i in zip(*heads_first, strict=True)
+    ]  # each (1, A, length, V)
+    return torch.cat(mixed, dim=2)[0].transpose(0, 1)
+
+
+def compute_rotation(
+    position_ids: Tensor, rope_dim: int, rope_theta: float
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (T, 1, R / 2) float32, of the positions (T,)."""
+    exponents = torch.arange(0, rope_dim, 2, device=position_ids.device).float() / rope_dim
+    angles = position_ids[:, None, None].float() / rope_theta**exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (0, 1), (2, 3), ... of x (T, A, R) in float32.
+
+    The pairs' first members come out before the second ones, in queries and keys alike.
+    """
+    cos, sin = rotation
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
