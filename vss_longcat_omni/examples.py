@@ -83,6 +83,11 @@ class VssDataset(Dataset[Example]):
         streams = self.build_streams(sample)
         text_labels, audio_labels = build_labels(streams, tokens=self.tokens)
         pixel_values, grids = to_patches(sample.load_frames(), self.pixels)
+        features = sample.load_features()
+        if not (streams.input_ids == self.tokens.image_pad).any():  # the conversation shows nothing
+            pixel_values, grids = pixel_values[:0], []
+        if not (streams.input_ids == self.tokens.audio_pad).any():
+            features = features[:0]
         return Example(
             input_ids=streams.input_ids,
             audio_ids=streams.audio_ids,
@@ -90,8 +95,8 @@ class VssDataset(Dataset[Example]):
             audio_labels=audio_labels,
             pixel_values=pixel_values,
             grids=grids,
-            pooled_grids=pool(grids, self.pixels),
-            features=sample.load_features(),
+            pooled_grids=pool(grids, self.pixels) if grids else [],
+            features=features,
         )
 
     def build_streams(self, sample: PreparedSample) -> Streams:
@@ -106,9 +111,23 @@ class VssDataset(Dataset[Example]):
             )
             folder = sample.sample.video.parent
             turns = self.converse(folder, media, self._transcript(sample), sample.codes)
-            return build_streams(turns, self.tokenizer, tokens=self.tokens)
+            streams = build_streams(turns, self.tokenizer, tokens=self.tokens)
+            self._check_media(streams, media)
+            return streams
         except ValueError as error:
             raise ValueError(f"sample {name}: {error}") from error
+
+    def _check_media(self, streams: Streams, media: MediaItem) -> None:
+        """The conversation shows all of the video or nothing of it; the question's sound alike."""
+        pads = {"image_tokens": self.tokens.image_pad, "audio_pads": self.tokens.audio_pad}
+        for kind, pad in pads.items():
+            wanted = sum(part.count for part in media.parts if part.kind == kind)
+            found = int((streams.input_ids == pad).sum())
+            if found not in (0, wanted):
+                raise ValueError(
+                    f"the conversation of preprocess_function has {found} {kind}, the sample "
+                    f"{wanted}: use the media item once, or not at all."
+                )
 
     def _transcript(self, sample: PreparedSample) -> str | None:
         path = sample.sample.transcript

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,13 +113,37 @@ def test_checkpointing_changes_nothing(model: LongcatFlashModel) -> None:
         assert torch.equal(with_it, without)
 
 
-def test_the_loop_over_experts_equals_the_grouped_product() -> None:
+def test_the_loop_over_experts_equals_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.tensor([3, 3, 8], dtype=torch.int32)  # the second has no row, the last two none
-    rows, weight = torch.randn(10, 16), torch.randn(3, 8, 16)
-    grouped = experts.grouped_linear(rows, weight, ends)
-    looped = experts.grouped_linear_by_loop(rows, weight, ends)
-    torch.testing.assert_close(looped[:8], grouped[:8])
-    assert looped.shape == grouped.shape
+    rows, weight = torch.randn(10, 16, requires_grad=True), torch.randn(3, 8, 16).requires_grad_()
+
+    def run() -> list[Tensor]:
+        out = experts.grouped_linear(rows, weight, ends)[:8]
+        return [out, *torch.autograd.grad(out.pow(2).sum(), [rows, weight])]
+
+    by_kernel = run()
+    monkeypatch.setattr(experts, "has_kernel", lambda _: False)
+    for found, wanted in zip(run(), by_kernel, strict=True):
+        torch.testing.assert_close(found[:8], wanted[:8])
+    assert experts.grouped_linear(rows, weight, ends).shape == (10, 8)
+    wanted = torch.cat([rows[:3] @ weight[0].t(), rows[3:8] @ weight[2].t()])
+    torch.testing.assert_close(by_kernel[0], wanted)
+
+
+def test_autograd_lets_go_of_weights_that_zero_3_releases() -> None:
+    """DeepSpeed gives a released Parameter other memory; a saved view would keep the 25.8 GB."""
+    array = np.ones((1, 8, 4), np.float32)
+    memory = weakref.ref(array)
+    weight = torch.nn.Parameter(torch.from_numpy(array), requires_grad=False)
+    del array
+    rows = torch.ones(2, 4, requires_grad=True)
+    out = experts.grouped_linear(rows, weight, torch.tensor([2], dtype=torch.int32))
+    weight.data = torch.empty(0)
+    assert memory() is None
+    weight.data = torch.full((1, 8, 4), 3.0)  # gathered again for the backward
+    out.sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[24.0] * 4] * 2
 
 
 def test_rubbish_in_rows_of_identity_experts_does_not_spread(

@@ -109,30 +109,63 @@ def gate(gate_up: Tensor, weights: Tensor) -> Tensor:
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows [ends[e-1], ends[e]) of (P, in) times weight[e] (E, out, in); rows after are undefined.
 
-    In one kernel where there is one: bfloat16 from Hopper on, all types on the CPU.
+    The backward is written out because autograd would keep a transposed view of the weight: under
+    ZeRO-3 its 25.8 GB would then stay when the layer's weights are released.
     """
-    if not rows.is_cuda or (
+    return _GroupedLinear.apply(rows, weight, ends)
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows [ends[e-1], ends[e]) of (P, in) times matrices[e] (E, in, out); rows after: undefined.
+
+    In one kernel where there is one: bfloat16 from Hopper on, all types on the CPU. Else a product
+    an expert, which waits for the GPU to know the rows of each.
+    """
+    if has_kernel(rows):
+        return F.grouped_mm(rows, matrices, offs=ends)
+    parts = [rows[start:stop] @ matrices[e] for e, start, stop in spans(ends)]
+    num_rows = sum(map(len, parts))
+    return torch.cat([*parts, rows.new_zeros(len(rows) - num_rows, matrices.shape[2])])
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left[rows of e]^T right[rows of e] of (P, out), (P, in) -> (E, out, in)."""
+    if has_kernel(left):
+        return F.grouped_mm(left.t(), right, offs=ends)
+    return torch.stack([left[start:stop].t() @ right[start:stop] for _, start, stop in spans(ends)])
+
+
+def has_kernel(rows: Tensor) -> bool:
+    return not rows.is_cuda or (
         rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    ):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    return grouped_linear_by_loop(rows, weight, ends)
+    )
 
 
-def grouped_linear_by_loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, one product an expert; waits for the GPU to know the rows of each."""
+def spans(ends: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, row after its last)"""
     stops = ends.tolist()
-    starts = [0, *stops[:-1]]
-    parts = [
-        F.linear(rows[start:stop], weight[expert])
-        for expert, (start, stop) in enumerate(zip(starts, stops, strict=True))
-    ]
-    unused = rows.new_zeros(len(rows) - stops[-1], weight.shape[1])
-    return torch.cat([*parts, unused])
+    return list(zip(range(len(stops)), [0, *stops[:-1]], stops, strict=True))
 
 
 def sum_rows(rows: Tensor, slots: Tensor, has_weights: Tensor) -> Tensor:
     """Each token's rows added up: (P, H) by (T, K) -> (T, H), in a fixed order, no atomics."""
     return rows[slots].where(has_weights[..., None], 0).sum(dim=1)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if weight.requires_grad else None, weight, ends)
+        return grouped_product(rows, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        grad_rows = grouped_product(grad, weight, ends) if needs_rows else None
+        grad_weight = grouped_outer(grad, rows, ends) if needs_weight else None
+        return grad_rows, grad_weight, None
 
 
 class _Spread(torch.autograd.Function):

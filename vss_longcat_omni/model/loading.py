@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ PART_FILES = {
     "audio/audio_output_layers.pt": "speech_heads.",
 }
 FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+MAX_NUMBERS = 2**26  # read at a time
 UNUSED_KEYS = re.compile(r"model\.mtp\.")  # heads that predict two tokens ahead, for serving
 
 
@@ -159,10 +161,11 @@ def load_weights(model: nn.Module, reader: CheckpointReader, *, show_progress: b
         pieces = found[name]
         assert pieces is not None
         _check_shape(reader.folder, name, shape, pieces)
-        start, kept = _kept_part(tensor)
-        _fill(kept, pieces, start, math.prod(shape))
-        if not torch.isfinite(kept).all():
-            raise ValueError(f"{reader.folder}: {name} holds NaN or infinite values.")
+        try:
+            with _kept_part(tensor) as (start, kept):
+                _fill(kept, pieces, start, math.prod(shape))
+        except FloatingPointError as error:
+            raise ValueError(f"{reader.folder}: {name} holds NaN or infinite values.") from error
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
@@ -186,23 +189,45 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], pieces: list[P
         )
 
 
-def _kept_part(tensor: Tensor) -> tuple[int, Tensor]:
+@contextmanager
+def _kept_part(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Where this process's part begins in the flattened tensor, and the part's memory, flat."""
     part = getattr(tensor, "ds_tensor", None)
     if part is None or tensor.ds_status.name == "AVAILABLE":  # pyright: ignore
-        return 0, tensor.data.view(-1)
+        yield 0, tensor.data.view(-1)
+        return
     rank = torch.distributed.get_rank(tensor.ds_process_group)  # pyright: ignore
-    return rank * part.ds_numel, part.data.view(-1)
+    start = rank * part.ds_numel
+    if part.final_location is None:
+        yield start, part.data.view(-1)
+        return
+    # On NVMe: read into a buffer, filled, written back, and read once more to see that it is there.
+    swapper: Any = tensor.nvme_swapper  # pyright: ignore[reportAttributeAccessIssue]
+    swapper.swap_in([tensor], async_op=False)
+    yield start, part.data.view(-1)[: part.ds_numel]
+    written = part.data.view(-1)[: part.ds_numel].clone()
+    swapper.swap_out_and_release([tensor])
+    swapper.swap_in([tensor], async_op=False)
+    is_there = torch.equal(part.data.view(-1)[: part.ds_numel], written)
+    swapper.remove_partition_and_release_buffers([tensor])
+    if not is_there:
+        raise RuntimeError("a weight written to NVMe is not what is read from there: file a bug")
 
 
 def _fill(kept: Tensor, pieces: list[Piece], start: int, num_all: int) -> None:
-    """Numbers [start, start + len(kept)) of the pieces in a row; ZeRO's padding at the end is 0."""
+    """Numbers [start, start + len(kept)) of the pieces in a row; ZeRO's padding at the end is 0.
+
+    Raises FloatingPointError for NaN or infinity.
+    """
     stop = min(start + len(kept), num_all)
     kept[max(stop - start, 0) :].zero_()
     offset = 0
     for piece in pieces:
         size = math.prod(piece.shape)
-        first, last = max(start, offset), min(stop, offset + size)
-        if first < last:
-            kept[first - start : last - start].copy_(piece.read(first - offset, last - offset))
+        for first in range(max(start, offset), min(stop, offset + size), MAX_NUMBERS):
+            last = min(first + MAX_NUMBERS, stop, offset + size)
+            values = piece.read(first - offset, last - offset)
+            if not torch.isfinite(values).all():
+                raise FloatingPointError
+            kept[first - start : last - start].copy_(values)
         offset += size

@@ -1,0 +1,147 @@
+"""Makes a small LongCat-Flash-Omni with random weights, in the released layout, to train whole.
+
+    python -m vss_longcat_omni.make_model OUT --data_dir data [--size small]
+
+The same classes as the released model, a small tokenizer of the data's transcripts, and filter-bank
+statistics of its questions. `tiny` (6M parameters) is for a first look on a CPU, `small` (140M) for
+one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vss_longcat_omni.dataset import find_samples, read_transcript
+from vss_longcat_omni.fbank import FbankConfig, compute_cmvn_stats, save_fbank
+from vss_longcat_omni.media import load_audio
+from vss_longcat_omni.model.config import LongcatOmniConfig
+from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
+from vss_longcat_omni.model.saving import save_config, save_weights
+from vss_longcat_omni.special_tokens import build_byte_tokenizer
+
+MAX_STATISTICS_SAMPLES = 500
+VOCAB_SIZE = 1024  # at most: an answer has one row every 60 ms, too few for a letter each
+PIXELS = {  # small pictures: 4 x 4 patches of 14 pixels and more
+    "resize_factor": 2,
+    "min_tokens": 16,
+    "max_tokens": 64,
+    "max_tokens_video_vit": 4096,
+    "min_tokens_video": 4,
+    "max_tokens_video": 2048,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 128,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "moe_topk": 3,
+        "n_routed_experts": 8,
+        "zero_expert_num": 4,
+        "expert_ffn_hidden_size": 32,
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "adaptor_dim": 64,
+            **PIXELS,
+        },
+        "audio_config": {
+            "hidden_size": 64,
+            "proj_size": 32,
+            "vocab_size": 8,
+            "nlayer": 3,
+            "num_right_layers": 1,
+        },
+    },
+    "small": {
+        "hidden_size": 512,
+        "num_layers": 6,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 1536,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "moe_topk": 4,
+        "n_routed_experts": 16,
+        "zero_expert_num": 8,
+        "expert_ffn_hidden_size": 256,
+        "vision_config": {
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+            "adaptor_dim": 512,
+            **PIXELS,
+        },
+        "audio_config": {
+            "hidden_size": 1024,
+            "proj_size": 384,
+            "vocab_size": 8,
+            "nlayer": 10,
+            "num_right_layers": 3,
+        },
+    },
+}
+
+
+def make_model(out: Path, *, size: str, data_dir: Path, seed: int = 0) -> LongcatOmniForCausalLM:
+    """Writes the folder and returns the model; what `out` held of a model is replaced."""
+    samples = find_samples(data_dir)[:MAX_STATISTICS_SAMPLES]
+    texts = [read_transcript(s.transcript) for s in samples if s.transcript is not None]
+    tokenizer = build_byte_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    torch.manual_seed(seed)
+    config = LongcatOmniConfig(vocab_size=len(tokenizer), **SIZES[size])
+    model = LongcatOmniForCausalLM(config)
+    initialize(model)
+    save_config(config, out)
+    save_weights(model.state_dict(), out)
+    tokenizer.save_pretrained(out)
+    fbank = FbankConfig()
+    clips = (load_audio(sample.input_audio) for sample in samples)
+    save_fbank(out / "audio", fbank, compute_cmvn_stats(clips, fbank))
+    return model
+
+
+@torch.no_grad()
+def initialize(model: LongcatOmniForCausalLM) -> None:
+    """Normal with 0.02 for the language model, as its config says; torch's own for the encoders."""
+    std = model.config.initializer_range
+    for name, param in model.named_parameters():
+        is_encoder = name.startswith(("vision_", "audio_encoder.", "audio_projector."))
+        if param.ndim > 1 and not is_encoder:
+            param.normal_(0.0, std)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="make a small model with random weights")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    try:
+        model = make_model(
+            options.out, size=options.size, data_dir=options.data_dir, seed=options.seed
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    num_params = sum(param.numel() for param in model.parameters())
+    sys.stdout.write(f"{options.out}: {num_params:,} parameters\n")
+
+
+if __name__ == "__main__":
+    main()
