@@ -1,0 +1,165 @@
+"""Answers a spoken question about a video: text and a wav.
+
+    python -m vss_longcat_omni.generate --model_name_or_path DIR --adapter OUT \
+        --video input.mp4 --audio input.wav --out answer.wav
+    python -m vss_longcat_omni.generate ... --data_dir data --split test --out answers/
+
+The model has to fit on one device: a small one, or a GPU of the size. The released 560B is served
+from the merged folder (merge_lora.py) by Meituan's own server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from vss_longcat_omni.answer import read_answer
+from vss_longcat_omni.codec import open_codec
+from vss_longcat_omni.dataset import find_samples
+from vss_longcat_omni.decoding import DecodingOptions, generate_rows, to_device
+from vss_longcat_omni.examples import plan_media, pool
+from vss_longcat_omni.media import save_audio
+from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
+from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
+from vss_longcat_omni.pixels import PixelConfig, to_patches
+from vss_longcat_omni.prepare import Settings, look_and_listen
+from vss_longcat_omni.special_tokens import read_special_tokens
+from vss_longcat_omni.template import build_prompt
+from vss_longcat_omni.train_ds import preprocess_function
+from vss_longcat_omni.trainer import TRAINED_MODULES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vss_longcat_omni.answer import SpokenAnswer
+    from vss_longcat_omni.codec import SpeechCodec
+    from vss_longcat_omni.prepare import Seen
+
+
+@dataclass
+class Answerer:
+    """A model ready to be asked; `load_answerer` makes it."""
+
+    model: LongcatOmniForCausalLM
+    tokenizer: Any
+    settings: Settings
+    codec: SpeechCodec
+    system_prompt: str
+    options: DecodingOptions
+
+    def answer(self, video: Path, audio: Path) -> SpokenAnswer:
+        """Raises ValueError or FileNotFoundError for a file that cannot be used."""
+        return self.answer_seen(look_and_listen(video, audio, self.settings), video.parent)
+
+    def answer_seen(self, seen: Seen, folder: Path) -> SpokenAnswer:
+        """The same for what was seen, which a judge may have blanked or silenced."""
+        pixels, tokens = self.settings.pixels, self.model.tokens
+        shape, num_audio_tokens = tuple(seen.frames.shape), len(seen.features)
+        media = plan_media(shape, seen.timestamps, seen.strategy, num_audio_tokens, pixels=pixels)
+        no_codes = torch.zeros(1, tokens.codec.num_streams, dtype=torch.long)
+        turns = preprocess_function(folder, media, None, no_codes, system_prompt=self.system_prompt)
+        prompt = build_prompt(turns[:-1], self.tokenizer, tokens=tokens)
+        pixel_values, grids = to_patches(seen.frames, pixels)
+        pictures = {"grids": grids, "pooled_grids": pool(grids, pixels)}
+        pictures["pixel_values"] = pixel_values
+        sound = {"features": seen.features[None], "num_tokens": num_audio_tokens}
+        sound["lengths"] = torch.tensor([num_audio_tokens])
+        device = self.model.lm_head.weight.device
+        text, rows = generate_rows(
+            self.model, prompt, to_device(pictures, device), to_device(sound, device), self.options
+        )
+        return read_answer(text.cpu(), rows.cpu(), self.tokenizer, tokens=tokens)
+
+
+def load_answerer(
+    folder: Path,
+    *,
+    codec_folder: Path,
+    adapter: Path | None = None,
+    device: str = "cpu",
+    system_prompt: str = "",
+    frame_sampling: Any = "multimodal_interleaved",
+    max_vision_tokens: int = 28672,
+    max_rows: int = 500,
+    has_text: bool = True,
+) -> Answerer:
+    """Raises ValueError for a folder that is not whole."""
+    config = load_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read_special_tokens(tokenizer)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model: Any = LongcatOmniForCausalLM(config).to(dtype)
+    load_weights(model, CheckpointReader(folder), show_progress=False)
+    if adapter is not None:
+        beside = adapter / TRAINED_MODULES
+        if beside.is_file():
+            model.load_state_dict(load_file(beside), strict=False)
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # pyright: ignore
+    vision = (config.vision_config or {}) | {"max_vision_length": max_vision_tokens}
+    settings = Settings(
+        pixels=PixelConfig.from_dict(vision, source=f"{folder}/vision/config.json"),
+        model_folder=folder,
+        frame_sampling=frame_sampling,
+    )
+    codec = open_codec(str(codec_folder))
+    options = DecodingOptions(max_rows=max_rows, num_codes=codec.book_sizes, has_text=has_text)
+    return Answerer(model.to(device).eval(), tokenizer, settings, codec, system_prompt, options)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model_name_or_path", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, help="what train_ds.py saved")
+    parser.add_argument("--codec", type=Path, default=Path("cache/codec"))
+    parser.add_argument("--video", type=Path)
+    parser.add_argument("--audio", type=Path)
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--out", type=Path, required=True, help="a wav, or a folder for many")
+    parser.add_argument("--system_prompt", default="")
+    parser.add_argument("--transcripts", choices=("file", "none"), default="file")
+    parser.add_argument("--max_rows", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    if (options.data_dir is None) == (options.video is None or options.audio is None):
+        parser.error("give --video and --audio, or --data_dir")
+    answerer = load_answerer(
+        options.model_name_or_path,
+        codec_folder=options.codec,
+        adapter=options.adapter,
+        device=options.device,
+        system_prompt=options.system_prompt,
+        max_rows=options.max_rows,
+        has_text=options.transcripts == "file",
+    )
+    for video, audio, out in list_questions(options):
+        answer = answerer.answer(video, audio)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_audio(out, answerer.codec.decode(answer.codes), sample_rate=answerer.codec.sample_rate)
+        out.with_suffix(".txt").write_text(answer.text + "\n")
+        sys.stdout.write(f"{out}: {answer.text}\n")
+
+
+def list_questions(options: argparse.Namespace) -> Iterator[tuple[Path, Path, Path]]:
+    """(video, question, wav to write) of each."""
+    if options.data_dir is None:
+        yield options.video, options.audio, options.out
+        return
+    for sample in tqdm(find_samples(options.data_dir, options.split), desc="answering"):
+        yield sample.video, sample.input_audio, options.out / f"{sample.name}.wav"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
