@@ -34,7 +34,7 @@ check: setup ## ruff, pyright, codespell, shellcheck
 	find . -name .venv -prune -o -name '*.sh' -print | xargs .venv/bin/shellcheck .ci/run
 
 test: setup ## the tests, offline, on the CPU
-	$(PY) -m pytest -m "not long" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup ## long repeats and fuzzing
 	$(PY) -m pytest -m long --timeout 3600

@@ -21,6 +21,12 @@ os.environ.update(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start several processes come first: at the end no worker waits for a long one."""
+    long_files = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in long_files)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     """Start each test from the same random state, whichever tests ran before it."""

@@ -149,10 +149,9 @@ words+=(-m longcat_video_fft.train "--config=$config" "${options[@]}")
 "${launch[@]}" launch "${words[@]}" &
 launcher=$!
 trap 'pkill -TERM -P "$launcher" || true' TERM
+while kill -0 "$launcher" 2>/dev/null; do
+  wait "$launcher" || true  # a signal ends it early
+done
 status=0
 wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do
-  status=0
-  wait "$launcher" || status=$?
-done
 exit "$status"
