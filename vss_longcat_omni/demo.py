@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "vss_longcat_omni"
 OUT = ROOT / "runs" / "demo" / "vss_longcat_omni"
 NUM_SAMPLES, NUM_HELD_OUT = 96, 4
-STEPS = 30
-MAX_LOSS_SHARE = 0.6  # of the first loss, that the last ones may be
+STEPS = 90
+MAX_LOSS_SHARE = 0.4  # of the first loss, that the last ones may be
 AVERAGED = 5  # steps
 
 

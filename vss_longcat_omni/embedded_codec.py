@@ -5,6 +5,10 @@ speech, frames of 60 ms, four codes each. A frame's six log-mel frames are one v
 the speech's own principal components; book 0 holds its nearest centre, books 1 to 3 what is left
 each time. Griffin-Lim speaks the sum of the four.
 
+PocketSphinx, with a grammar of 177 sentences, reads back right 95 % of held-out recordings by
+espeak-ng (given some room noise), 95 % of them through a codec fitted to 12 minutes of the same
+voices, and 95 % through one fitted to other voices: tests/vss_longcat_omni/measure_codec.py.
+
 The folder: codec.safetensors (mean, basis, books.0 to books.3) and codec.json, which tells of it.
 
 S samples at 16 kHz, N frames, D components, K entries of a book.

@@ -1,4 +1,4 @@
-"""Measures how well speech is understood through the embedded codec; about 5 minutes on a core.
+"""Measures how well speech is understood through the embedded codec; 5 minutes on a core.
 
     python -m tests.vss_longcat_omni.measure_codec OUT
 
@@ -33,12 +33,14 @@ OTHER_VOICES = (
     "en-us-nyc+f5", "en-us-nyc+m4", "en-gb", "en-gb+f2", "en-gb+m7", "en-gb-scotland+f4",
     "en-us+m1", "en-us+f2", "en-us+f4", "en-us+m2", "en-us+m5", "en-us+m7",
 )  # fmt: skip
+A_COLOURS = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}" for colour in COLOURS]
 DIRECTIONS = ("to the left", "to the right", "up", "down")
 GRAMMAR = """#JSGF V1.0; grammar sentences;
 <colour> = {colours};
+<a_colour> = {a_colours};
 <shape> = {shapes};
 <direction> = {directions};
-public <sentence> = (a | an) <colour> <shape> moves <direction> | the color is <colour>
+public <sentence> = <a_colour> <shape> moves <direction> | the color is <colour>
     | it is a <shape> | it moves <direction>;"""
 NUM_HELD_OUT = 60
 # espeak-ng is silent between words to the last bit, which PocketSphinx cannot hear through.
@@ -47,8 +49,8 @@ ROOM_NOISE = 1e-3
 
 def list_sentences() -> list[str]:
     moving = [
-        f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} moves {direction}"
-        for colour, shape, direction in product(COLOURS, SHAPES, DIRECTIONS)
+        f"{colour} {shape} moves {direction}"
+        for colour, shape, direction in product(A_COLOURS, SHAPES, DIRECTIONS)
     ]
     colours = [f"the color is {colour}" for colour in COLOURS]
     shapes = [f"it is a {shape}" for shape in SHAPES]
@@ -74,7 +76,9 @@ def load_judge() -> Callable[[Tensor], str]:
     from pocketsphinx import Decoder
 
     decoder = Decoder(samprate=16000, loglevel="FATAL", lm=None)
-    lists = {"colours": COLOURS, "shapes": SHAPES, "directions": DIRECTIONS}
+    lists = {
+        "colours": COLOURS, "a_colours": A_COLOURS, "shapes": SHAPES, "directions": DIRECTIONS
+    }  # fmt: skip
     words = {name: " | ".join(values) for name, values in lists.items()}
     decoder.add_jsgf_string("sentences", GRAMMAR.format(**words))
     decoder.activate_search("sentences")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vss_longcat_omni import log_mel, mel_codec
+from vss_longcat_omni import kmeans, log_mel, mel_codec
 from vss_longcat_omni.embedded_codec import MelCodec, compute_frames
 from vss_longcat_omni.kmeans import assign, fit_kmeans
 from vss_longcat_omni.media import load_audio, resample, save_audio
@@ -202,20 +202,24 @@ def test_book_sizes_follow_the_amount_of_speech() -> None:
     assert choose_book_sizes(400, (100, 50, 20, 2)) == (100, 50, 20, 2)
 
 
-def test_kmeans_finds_the_groups_and_leaves_no_centre_without_points() -> None:
+def test_kmeans_finds_the_groups_and_leaves_no_centre_without_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = torch.randn(6, 5, generator=generator) * 10
-    # Nearly all starts are drawn from the first group.
+    # Nearly all points are of the first group, as of silence.
     numbers = torch.cat([torch.zeros(500, dtype=torch.long), torch.arange(6).repeat(8)])
     points = groups[numbers] + 0.1 * torch.randn(len(numbers), 5, generator=generator)
     centroids = fit_kmeans(points, 12, seed=0)
     ids = assign(points, centroids)
     assert torch.equal(ids, torch.cdist(points, centroids).argmin(1))
-    assert len(ids.unique()) == 12
     assert float((points - centroids[ids]).norm(dim=1).max()) < 1
     assert torch.equal(fit_kmeans(points, 12, seed=0), centroids)
     with pytest.raises(ValueError, match="548 points cannot make 549 centres"):
         fit_kmeans(points, 549)
+    # Of twelve equal starts eleven get no point.
+    monkeypatch.setattr(kmeans, "_spread_starts", lambda points, *_: points[:1].repeat(12, 1))
+    assert len(assign(points, fit_kmeans(points, 12)).unique()) == 12
 
 
 # Commands
