@@ -1,6 +1,6 @@
 """Generated rows -> the answer's text and its codec codes, whole and segment by segment.
 
-Place in the data flow: generate.py and evaluate.py hand over what was generated; the codes go on to
+Place in the data flow: generate.py and judge.py hand over what was generated; the codes go on to
 codec.py. The inverse of a spoken answer in template.py. Rules of
 post_process/unified_post_processor.py (meituan-longcat/LongCat-Flash-Omni).
 

@@ -21,6 +21,7 @@ from typing import Any, get_args
 from transformers import HfArgumentParser, TrainingArguments
 
 from vss_longcat_omni.frame_sampling import SamplingRule
+from vss_longcat_omni.loss import LossWeights
 from vss_longcat_omni.model.lora import LORA_TARGETS, translate_targets
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,10 @@ class RunArguments:
                 "below 0 and at least one above."
             )
         self.lora_target_modules = list(translate_targets(self.lora_target_modules))
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Generates an answer row by row: a text id and one id of each audio stream at a time.
 
-Used by generate.py and evaluate.py; answer.py reads the rows. The states are those of the serving
+Used by generate.py and judge.py; answer.py reads the rows. The states are those of the serving
 port (shineran96/vllm, longcat_flash_omni.py): text and sound together until the text ends, sound
 alone until the semantic stream ends, then the next segment or the end.
 
@@ -10,7 +10,7 @@ Shapes: T prompt positions, S audio streams, R generated rows, V rows of an audi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -131,12 +131,3 @@ class _Chooser:
             return logits.argmax(dim=-1)
         probabilities = (logits / self.options.temperature).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """The tensors of a batch's dictionary, moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 from vss_longcat_omni.answer import read_answer
 from vss_longcat_omni.codec import open_codec
 from vss_longcat_omni.dataset import find_samples
-from vss_longcat_omni.decoding import DecodingOptions, generate_rows, to_device
+from vss_longcat_omni.decoding import DecodingOptions, generate_rows
 from vss_longcat_omni.examples import plan_media, pool
 from vss_longcat_omni.media import save_audio
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
@@ -73,10 +74,8 @@ class Answerer:
         pictures["pixel_values"] = pixel_values
         sound = {"features": seen.features[None], "num_tokens": num_audio_tokens}
         sound["lengths"] = torch.tensor([num_audio_tokens])
-        device = self.model.lm_head.weight.device
-        text, rows = generate_rows(
-            self.model, prompt, to_device(pictures, device), to_device(sound, device), self.options
-        )
+        inputs: Any = send_to_device((pictures, sound), self.model.lm_head.weight.device)
+        text, rows = generate_rows(self.model, prompt, *inputs, self.options)
         return read_answer(text.cpu(), rows.cpu(), self.tokenizer, tokens=tokens)
 
 

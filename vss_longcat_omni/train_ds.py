@@ -26,7 +26,6 @@ from vss_longcat_omni.codec import open_codec
 from vss_longcat_omni.config import parse_arguments
 from vss_longcat_omni.dataset import find_samples, find_split
 from vss_longcat_omni.examples import VssDataset
-from vss_longcat_omni.loss import LossWeights
 from vss_longcat_omni.mel_codec import fit_codec
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.lora import add_lora, count_trainable
@@ -190,7 +189,6 @@ def build_model(
     Trainer computes in bfloat16.
     """
     dtype = torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
-    weights = LossWeights(run.text_loss_weight, run.audio_loss_weight, run.semantic_loss_weight)
     context = nullcontext()
     if is_deepspeed_zero3_enabled():
         import deepspeed
@@ -198,7 +196,7 @@ def build_model(
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
     with context:
-        model = LongcatOmniForCausalLM(config, weights).to(dtype)
+        model = LongcatOmniForCausalLM(config, run.loss_weights).to(dtype)
     load_weights(model, CheckpointReader(folder), show_progress=training.should_log)
     if run.tuning == "lora":
         model = add_lora(

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 from vss_longcat_omni.cmvn import CMVN_NAME
 from vss_longcat_omni.collator import collate, count_targets
 from vss_longcat_omni.fbank import CONFIG_NAME
+from vss_longcat_omni.loss import LossSums, combine
 from vss_longcat_omni.model.saving import save_config, save_weights
 from vss_longcat_omni.order import MicroBatchSampler, group_by_length, pack
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from vss_longcat_omni.config import OmniTrainingArguments, RunArguments
     from vss_longcat_omni.examples import VssDataset
+    from vss_longcat_omni.model.omni import OmniOutput
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +110,7 @@ class OmniTrainer(Trainer):
         """A step's micro-batches, and the (3,) targets that all processes have in them."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = sum((count_targets(batch) for batch in batches), start=torch.zeros(len(TERMS)))
-        counts = counts.to(device)
-        if self.args.world_size > 1:
-            dist.all_reduce(counts)
-        return batches, counts
+        return batches, sum_over_processes(counts.to(device))
 
     def compute_loss(
         self,
@@ -128,15 +127,12 @@ class OmniTrainer(Trainer):
         outputs = model(**inputs, num_targets=num_items_in_batch)
         loss = outputs.loss * self.args.world_size
         is_bad = (~torch.isfinite(loss.detach())).float()
-        if self.args.world_size > 1:
-            dist.all_reduce(is_bad)
-        if is_bad.item():
+        if sum_over_processes(is_bad).item():
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the loss is not a finite number. The last "
                 "checkpoint is untouched; lower learning_rate, or look for a broken sample."
             )
-        sums = torch.stack([outputs.losses, outputs.counts, outputs.num_correct])
-        self.sums += sums.double().cpu()
+        self.sums += stack_sums(outputs)
         self.num_tokens += len(inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
 
@@ -150,9 +146,7 @@ class OmniTrainer(Trainer):
         seconds = time.perf_counter() - self.sums_since
         rate = torch.tensor([self.num_tokens / seconds], dtype=torch.float64)
         flat = torch.cat([self.sums.flatten(), rate]).to(self.args.device)
-        if self.args.world_size > 1:
-            dist.all_reduce(flat)
-        *sums, tokens_per_sec = flat.tolist()
+        *sums, tokens_per_sec = sum_over_processes(flat).tolist()
         self._reset_sums()
         metrics = describe(torch.tensor(sums).view(3, -1)) | {"tokens_per_sec": tokens_per_sec}
         if torch.cuda.is_available():
@@ -176,16 +170,10 @@ class OmniTrainer(Trainer):
             with torch.no_grad():
                 outputs = model(**self._prepare_inputs(batch))
             if step * self.args.world_size + self.args.process_index < num_batches:  # no repeat
-                found = torch.stack([outputs.losses, outputs.counts, outputs.num_correct])
-                sums += found.double().cpu()
-        sums = sums.to(self.args.device)
-        if self.args.world_size > 1:
-            dist.all_reduce(sums)
-        found = describe(sums.cpu())
-        weights = (self.run.text_loss_weight, self.run.audio_loss_weight)
-        weights += (self.run.semantic_loss_weight,)
-        losses = [found.get(f"{term}_loss", 0.0) for term in TERMS]
-        found["loss"] = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+                sums += stack_sums(outputs)
+        sums = sum_over_processes(sums.to(self.args.device)).cpu()
+        found = describe(sums)
+        found["loss"] = combine(LossSums(*sums), sums[1], self.run.loss_weights).item()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -255,12 +243,23 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         asked = torch.tensor(float(self.is_asked), device=args.device)
-        if args.world_size > 1:
-            dist.all_reduce(asked)
-        if asked.item():
+        if sum_over_processes(asked).item():
             self.has_stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The tensor itself, added up over all processes, which all take part."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def stack_sums(outputs: OmniOutput) -> Tensor:
+    """(3, terms) float64 on the CPU: losses, counts and right ones of a micro-batch."""
+    rows: Any = [outputs.losses, outputs.counts, outputs.num_correct]
+    return torch.stack(rows).double().cpu()
 
 
 def describe(sums: Tensor) -> dict[str, float]:
