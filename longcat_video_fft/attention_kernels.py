@@ -94,8 +94,9 @@ def flash4_backward(
     from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
     q, k, v, out, grad = (x.transpose(1, 2) for x in (q, k, v, out, grad))
-    grads = _flash_attn_bwd(q, k, v, out, grad, log_sums)
-    grad_q, grad_k, grad_v = (x.contiguous().transpose(1, 2) for x in grads[:3])
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]  # else laid out as q, k and v are
+    _flash_attn_bwd(q, k, v, out, grad, log_sums, dq=grads[0], dk=grads[1], dv=grads[2])
+    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
     return grad_q, grad_k, grad_v
 
 

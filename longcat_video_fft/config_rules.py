@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from longcat_video_fft.config import TrainConfig
 
@@ -307,10 +307,25 @@ def check_model(c: TrainConfig, transformer: Mapping[str, Any]) -> None:
             )
 
 
+def free_blocks(c: TrainConfig, depth: int) -> list[int]:
+    """Those that keep all their activations: `uncheckpointed_blocks`, evenly over the model."""
+    return spread(c.uncheckpointed_blocks if c.gradient_checkpointing else depth, range(depth))
+
+
 def offloaded_blocks(c: TrainConfig, depth: int) -> list[int]:
-    """Those whose activations wait in host memory, spread evenly over the model."""
-    count = min(c.activation_offload_blocks, depth)
-    return [i for i in range(depth) if (i + 1) * count // depth > i * count // depth]
+    """Those whose activations wait in host memory: first of the blocks that keep all, for these
+    give the most room. Evenly, so that the copies keep pace with the work."""
+    free = free_blocks(c, depth)
+    others = [index for index in range(depth) if index not in free]
+    chosen = spread(c.activation_offload_blocks, free)
+    return sorted(chosen + spread(c.activation_offload_blocks - len(chosen), others))
+
+
+def spread(count: int, blocks: Sequence[int]) -> list[int]:
+    """`count` of the blocks, or all of them, at even distances."""
+    size = len(blocks)
+    count = min(count, size)
+    return [b for i, b in enumerate(blocks) if (i + 1) * count // size > i * count // size]
 
 
 def is_installed(package: str) -> bool:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
 )
 
 from longcat_video_fft.attention_kernels import resolve, use_backend
-from longcat_video_fft.config_rules import offloaded_blocks
+from longcat_video_fft.config_rules import free_blocks, offloaded_blocks
 from longcat_video_fft.ema import Ema
 from longcat_video_fft.offload import ObservedBlock, PinnedStore
 from longcat_video_fft.optimizer import build_optimizer, local, parameter_groups
@@ -97,10 +97,11 @@ def parallelize(model: Any, config: TrainConfig, mesh: DeviceMesh) -> None:
     blocks = list(model.blocks)
     if config.context_parallel_size > 1:
         model.set_context_parallel(context_group(config, mesh.device_type))
-    # Activation checkpointing: the first blocks; what the last ones keep is freed first.
     if config.gradient_checkpointing:
-        for block in blocks[: len(blocks) - config.uncheckpointed_blocks]:
-            block.checkpoint_context = checkpoint_context(config.gradient_checkpointing_mode)
+        free = free_blocks(config, len(blocks))
+        for index, block in enumerate(blocks):
+            if index not in free:
+                block.checkpoint_context = checkpoint_context(config.gradient_checkpointing_mode)
     if config.fp8_linears:
         from longcat_video_fft.fp8 import use_fp8_linears
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.config_rules import offloaded_blocks
+from longcat_video_fft.config_rules import free_blocks, offloaded_blocks
 from longcat_video_fft.flops import feed_forward_width
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class _Run:
         self.context_size = world.context_size
         self.largest_block = max(sum(map(math.prod, block)) for block in sizes.blocks)
         self.per = f" / {self.shards} GPUs" if self.shards > 1 else ""
-        free = config.uncheckpointed_blocks if config.gradient_checkpointing else self.depth
-        self.free = min(free, self.depth)  # the last ones, whose activations all stay
+        self.free = free_blocks(config, self.depth)  # whose activations all stay
 
     def on_gpu(self, first: int = 0) -> list[Shape]:
         """Shapes of the parameters that live on the GPU, from block `first` on, with the root."""
@@ -181,9 +180,9 @@ class _Run:
             ]  # fmt: skip
         return parts
 
-    def kept(self, alive: int) -> list[Part]:
+    def kept(self, alive: int, *, moving: int = 2) -> list[Part]:
         """What the first `alive` blocks keep for their backward, but for what host memory has."""
-        away = set(self.moved(alive))
+        away = set(self.moved(alive, moving))
         here = [index for index in range(alive) if index not in away]
         checkpointed = self.num_checkpointed(here)
         others = len(here) - checkpointed
@@ -204,12 +203,12 @@ class _Run:
         ]  # fmt: skip
 
     def num_checkpointed(self, blocks: list[int]) -> int:
-        return sum(index < self.depth - self.free for index in blocks)
+        return sum(index not in self.free for index in blocks)
 
-    def moved(self, alive: int) -> list[int]:
-        """Of the first `alive` blocks those whose activations are in host memory then: of all that
-        are offloaded but two, which have not left or come back."""
-        return [i for i in offloaded_blocks(self.config, self.depth) if i < alive][:-2]
+    def moved(self, alive: int, moving: int = 2) -> list[int]:
+        """Of the first `alive` blocks those whose activations are in host memory alone: all that
+        are offloaded but the last ones, which have not left yet or are back (`offload.py`)."""
+        return [i for i in offloaded_blocks(self.config, self.depth) if i < alive][:-moving]
 
     @property
     def num_kept(self) -> int:
@@ -234,7 +233,7 @@ class _Run:
         if self.context_size > 1:
             exchanged = 4 * self.tokens * self.width * self.compute
             parts.append(Part("exchanged heads", exchanged, "q, k, v and the output (Ulysses)"))
-        if index < self.depth - self.free:
+        if index not in self.free:
             again = self.block_activations
             again -= (self.num_kept - 1) * self.tokens * self.width * self.compute
             text = f"{self.tokens} tokens x {self.values:.0f} values x {self.compute} B"
@@ -251,11 +250,16 @@ class _Run:
 
     def moments(self) -> dict[str, list[Part]]:
         last = self.depth - 1
+        checkpointed = [index for index in range(self.depth) if index not in self.free]
         final = Part(
             "final layer", 3 * FP32 * self.tokens * self.width,
             f"3 float32 copies of {self.tokens} tokens x {self.width}",
         )  # fmt: skip
         moments = {
+            "forward of the last block": [
+                *self.lasting(self.depth), *self.gathered(is_backward=False),
+                *self.kept(self.depth, moving=3), *self.ends(),
+            ],
             "end of forward": [
                 *self.lasting(self.depth), *self.gathered(is_backward=False),
                 *self.kept(self.depth), *self.ends(), final,
@@ -264,7 +268,7 @@ class _Run:
         }  # fmt: skip
         turns = {
             "backward of the last block": last,
-            "backward of the last checkpointed block": last - self.free,
+            "backward of the last checkpointed block": checkpointed[-1] if checkpointed else -1,
             "backward of the first block": 0,
         }
         for name, index in turns.items():

@@ -98,7 +98,7 @@ def saved_values(config: LongcatOmniConfig, job: Job) -> dict[str, float]:
     r, float32 = job.lora_r * lora, FP32 / job.itemsize
     attention = (1 + 2 * extra) * hidden  # q_a and kv_a share one input
     attention += (2 + extra) * q_rank + (2 + extra) * kv_rank + rope
-    attention += 2 * heads * (nope + rope) + heads * (nope + v_dim)  # v is a view of k's and v's
+    attention += 2 * heads * (nope + rope) + heads * v_dim
     attention += (2 + extra) * heads * v_dim + 2 * float32 * heads + 5 * r
     mlp = (2 + 2 * extra) * hidden + (4 + extra) * width + 3 * r
     picks = config.moe_topk

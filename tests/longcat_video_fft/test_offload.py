@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from longcat_video_fft.config import TrainConfig
-from longcat_video_fft.config_rules import offloaded_blocks
+from longcat_video_fft.config_rules import offloaded_blocks, spread
 from longcat_video_fft.offload import MIN_BYTES, ObservedBlock, PinnedStore, is_dense
 
 WIDTH, ROWS, BLOCKS = 2048, 8192, 6  # an activation of 64 MiB
@@ -40,16 +40,25 @@ def test_dense_is_one_piece_of_memory() -> None:
     assert is_dense(torch.zeros(()))
 
 
-def test_offloaded_blocks_are_spread_evenly() -> None:
-    def chosen(count: int, depth: int) -> list[int]:
-        return offloaded_blocks(TrainConfig(activation_offload_blocks=count), depth)
-
-    assert chosen(0, 6) == []
-    assert chosen(3, 6) == [1, 3, 5]
-    assert chosen(4, 6) == [1, 2, 4, 5]
-    assert chosen(9, 6) == list(range(6))
+def test_blocks_are_spread_evenly() -> None:
+    assert spread(0, range(6)) == []
+    assert spread(3, range(6)) == [1, 3, 5]
+    assert spread(4, range(6)) == [1, 2, 4, 5]
+    assert spread(9, range(6)) == list(range(6))
     for count in range(49):
-        assert len(chosen(count, 48)) == count
+        assert len(spread(count, range(48))) == count
+
+
+def test_blocks_that_keep_all_are_offloaded_first() -> None:
+    def chosen(free: int, offloaded: int) -> list[int]:
+        config = TrainConfig(uncheckpointed_blocks=free, activation_offload_blocks=offloaded)
+        return offloaded_blocks(config, 8)
+
+    assert chosen(4, 2) == [3, 7]  # of 1, 3, 5, 7
+    assert chosen(4, 4) == [1, 3, 5, 7]
+    assert chosen(4, 6) == [1, 2, 3, 5, 6, 7]
+    assert chosen(4, 8) == list(range(8))
+    assert chosen(0, 2) == [3, 7]
 
 
 @pytest.mark.gpu
@@ -74,8 +83,7 @@ def run(offloaded: int) -> tuple[list[torch.Tensor], int]:
         blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
         batches = [torch.randn(ROWS, WIDTH) for _ in range(2)]
     store = PinnedStore()
-    config = TrainConfig(activation_offload_blocks=offloaded)
-    chosen = offloaded_blocks(config, BLOCKS)
+    chosen = spread(offloaded, range(BLOCKS))
     for index, block in enumerate(list[Any](blocks)):
         block.work = ObservedBlock(block, store, is_offloaded=index in chosen)
     optimizer = torch.optim.SGD(blocks.parameters(), lr=1e-3)

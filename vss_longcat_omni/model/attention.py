@@ -10,18 +10,30 @@ position, R its rotary width, V width of its values, C the latent's width (`kv_l
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vss_longcat_omni.model.attention_kernels import Flash4, can_use_flash4
+from vss_longcat_omni.model.fused import fused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vss_longcat_omni.model.config import LongcatOmniConfig
 
+# Without FlashAttention-4, best first.
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 LATENT_NORM_EPS = 1e-6  # not the config's rms_norm_eps: these two norms keep the class's default
 
 
@@ -84,32 +96,26 @@ class LongcatFlashMLA(nn.Module):
 
         With a `cache`, x continues the one sequence that is in it.
         """
-        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) * self.q_scale
-        q_nope, q_rope = queries.unflatten(-1, (self.num_heads, -1)).split(
-            [self.nope_dim, self.rope_dim], dim=-1
-        )  # (T, A, N), (T, A, R)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.num_heads, -1))
+        q = rotate_queries(q, *rotation, self.nope_dim, self.q_scale)  # (T, A, N + R)
         latents, k_rope = self.kv_a_proj_with_mqa(x).split(
             [self.kv_lora_rank, self.rope_dim], dim=-1
         )
         latents = self.kv_a_layernorm(latents) * self.kv_scale  # (T, C)
-        q_rope, k_rope = rotate(q_rope, rotation), rotate(k_rope[:, None], rotation)[:, 0]
+        k_rope = rotate(k_rope[:, None], *rotation)[:, 0]  # (T, R)
         if cache is not None:
             has_past = cache.latents is not None
             cache.append(latents, k_rope)
             if has_past:
-                return self.o_proj(self._attend_latents(q_nope, q_rope, cache))
-        k_nope, values = self._expand(latents)  # (T, A, N), (T, A, V)
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.num_heads, -1)], dim=-1)
-        return self.o_proj(attend(q, k, values, lengths, scale=self.softmax_scale).flatten(1))
+                return self.o_proj(self._attend_latents(q, cache))
+        k, v = expand_keys(self._expand(latents), k_rope, self.nope_dim)
+        return self.o_proj(attend(q, k, v, lengths, scale=self.softmax_scale).flatten(1))
 
-    def _expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, C) -> the keys' part without position (T, A, N) and the values (T, A, V)."""
-        expanded = self.kv_b_proj(latents).unflatten(-1, (self.num_heads, -1))
-        k_nope, values = expanded.split([self.nope_dim, self.v_head_dim], dim=-1)
-        return k_nope, values
+    def _expand(self, latents: Tensor) -> Tensor:
+        """(T, C) -> (T, A, N + V): the keys' part without position, and the values."""
+        return self.kv_b_proj(latents).unflatten(-1, (self.num_heads, -1))
 
-    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache) -> Tensor:
+    def _attend_latents(self, q: Tensor, cache: LatentCache) -> Tensor:
         """(T, A * V): the last T of the cached tokens, without keys and values of the others.
 
         q (W_k c) = (W_k^T q) c: the latents themselves serve as keys and values of one shared head.
@@ -119,7 +125,8 @@ class LongcatFlashMLA(nn.Module):
         assert latents is not None
         assert rotary_keys is not None
         unit = torch.eye(self.kv_lora_rank, dtype=latents.dtype, device=latents.device)
-        w_keys, w_values = self._expand(unit)  # (C, A, N), (C, A, V)
+        w_keys, w_values = self._expand(unit).tensor_split([self.nope_dim], dim=-1)
+        q_nope, q_rope = q.tensor_split([self.nope_dim], dim=-1)
         q = torch.cat([torch.einsum("tan,can->tac", q_nope, w_keys), q_rope], dim=-1)
         k = torch.cat([latents, rotary_keys], dim=-1)
         num_new, num_all = len(q), len(k)
@@ -135,16 +142,36 @@ class LongcatFlashMLA(nn.Module):
         return torch.einsum("atc,cav->tav", mixed, w_values).flatten(1)
 
 
+@fused
+def rotate_queries(q: Tensor, cos: Tensor, sin: Tensor, nope_dim: int, scale: float) -> Tensor:
+    """(T, A, N + R), times `scale`, the last R turned."""
+    q_nope, q_rope = (q * scale).tensor_split([nope_dim], dim=-1)
+    return torch.cat([q_nope, rotate(q_rope, cos, sin)], dim=-1)
+
+
+@fused
+def expand_keys(expanded: Tensor, k_rope: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
+    """(T, A, N + V), and the heads' common (T, R) -> keys (T, A, N + R) and values (T, A, V)."""
+    k_nope, values = expanded.tensor_split([nope_dim], dim=-1)
+    k = torch.cat([k_nope, k_rope[:, None].expand(-1, expanded.shape[1], -1)], dim=-1)
+    return k, values.contiguous()  # a view would give the backward two gradients to add
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float) -> Tensor:
     """Causal attention inside each packed sequence: q, k (T, A, N + R), v (T, A, V) -> (T, A, V).
 
-    One call a sequence: the block-diagonal mask of a pack would cost the square of its length.
+    Without FlashAttention-4 one call a sequence: the block-diagonal mask of a pack would cost the
+    square of its length.
     """
+    if can_use_flash4(q, v):
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return Flash4.apply(q, k, v, bounds.to(q.device), max(lengths), scale)
     heads_first = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (q, k, v))
-    mixed = [
-        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scale)
-        for q_i, k_i, v_i in zip(*heads_first, strict=True)
-    ]  # each (1, A, length, V)
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        mixed = [
+            F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scale)
+            for q_i, k_i, v_i in zip(*heads_first, strict=True)
+        ]  # each (1, A, length, V)
     return torch.cat(mixed, dim=2)[0].transpose(0, 1)
 
 
@@ -157,11 +184,10 @@ def compute_rotation(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (0, 1), (2, 3), ... of x (T, A, R) in float32.
 
     The pairs' first members come out before the second ones, in queries and keys alike.
     """
-    cos, sin = rotation
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)

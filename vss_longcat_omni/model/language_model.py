@@ -21,6 +21,7 @@ from vss_longcat_omni.model.attention import (
     compute_rotation,
 )
 from vss_longcat_omni.model.experts import LongcatFlashMoE
+from vss_longcat_omni.model.fused import fused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,12 @@ class LongcatFlashMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))
+
+
+@fused
+def silu_times(gates: Tensor, ups: Tensor) -> Tensor:
+    return F.silu(gates) * ups
 
 
 class LongcatFlashDecoderLayer(nn.Module):
