@@ -1,0 +1,29 @@
+"""Chains of small operations as one kernel forward and one backward, where there is a GPU.
+
+Only plain tensors go in, never a module or its weights: so it composes with ZeRO-3, whose weights
+are empty outside the layer's call, and with gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled on a GPU, for any number of tokens; as it is written on a CPU.
+
+    Its first argument is a tensor. TORCH_COMPILE_DISABLE=1 turns all of it off.
+    """
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def choose(first: torch.Tensor, *others: Any) -> Any:
+        return (compiled if first.is_cuda else function)(first, *others)
+
+    return choose
