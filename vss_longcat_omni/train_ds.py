@@ -38,7 +38,7 @@ from vss_longcat_omni.template import MediaItem, Segment, TextItem, Turn, VoiceI
 from vss_longcat_omni.trainer import OmniTrainer, find_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -88,7 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     resume_from = training.resume_from_checkpoint
     if resume_from:
         resume_from = str(find_checkpoint(Path(str(training.output_dir)), resume_from))
-    model = build_model(run, training, folder, config)
+
+    def fill(model: nn.Module) -> None:
+        load_weights(model, CheckpointReader(folder), show_progress=training.should_log)
+
+    model = build_model(run, training, config, fill)
     trainer = OmniTrainer(
         model,
         training,
@@ -180,9 +184,12 @@ def find_codec(run: RunArguments, samples: Sequence[Sample]) -> Path:
 
 
 def build_model(
-    run: RunArguments, training: OmniTrainingArguments, folder: Path, config: LongcatOmniConfig
+    run: RunArguments,
+    training: OmniTrainingArguments,
+    config: LongcatOmniConfig,
+    fill: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """The model with its weights, of which each process keeps its part, and what is to be trained.
+    """The model that `fill` gives its weights, and what is to be trained.
 
     `training` exists before it: under ZeRO-3 every layer is divided as soon as it is made.
     Without DeepSpeed, which keeps float32 copies of what it trains, weights stay float32 and
@@ -197,7 +204,7 @@ def build_model(
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
     with context:
         model = LongcatOmniForCausalLM(config, run.loss_weights).to(dtype)
-    load_weights(model, CheckpointReader(folder), show_progress=training.should_log)
+    fill(model)
     if run.tuning == "lora":
         model = add_lora(
             model,
