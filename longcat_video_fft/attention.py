@@ -29,7 +29,7 @@ def rotary_tables(
     """cos and sin of the 3-D rotary positions, each (T, H*W, D/2) float32.
 
     The head is split into time, height and width; height and width take 2*(D // 6) each
-    (longcat_video/modules/rope_3d.py of the official code). On interleaved pairs.
+    (longcat_video/modules/rope_3d.py of the official code).
     """
     side = 2 * (head_dim // 6)
     angles = []
@@ -45,10 +45,19 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs of `x` (B, H, N, D) by the angles (N, D/2); float32 inside."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    """Turns the pairs of `x` (B, H, N, D), as `halve_pairs` puts them, by the angles (N, D/2);
+    float32 inside."""
+    even, odd = x.float().chunk(2, dim=-1)
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).type_as(x)
+
+
+def halve_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """(heads * D, ...): of each head the even rows before the odd ones.
+
+    The official model turns pairs of neighbours. Products of q and k are the same in any order of a
+    head's channels, and reordering weights, not activations, lets a GPU read whole lines.
+    """
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def attend(

@@ -223,7 +223,7 @@ def write_code(folder: Path) -> None:
     folder it copies one module from disk and fetches one from the hub."""
     here = Path(__file__).parent
     shutil.copyfile(here / "pipeline.py", folder / "pipeline.py")
-    code = join_modules(here / "transformer.py", [here / "attention.py"])
+    code = join_modules(here / "transformer.py", [here / "attention.py", here / "layers.py"])
     (folder / "transformer" / f"{MODULE}.py").write_text(code, encoding="utf-8")
 
 

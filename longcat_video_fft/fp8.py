@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from longcat_video_fft.layers import Linear
 
 if TYPE_CHECKING:
     from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
@@ -39,12 +41,12 @@ def use_fp8_linears(model: LongCatVideoTransformer3DModel) -> None:
             linear.__class__ = Float8Linear
 
 
-class Float8Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.flatten(0, -2)
-        out = _Float8Product.apply(rows, self.weight)
-        out = out.unflatten(0, input.shape[:-1])  # pyright: ignore
-        return out if self.bias is None else out + self.bias
+class Float8Linear(Linear):
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = _Float8Product.apply(x.flatten(0, -2), weight)
+        out = out.unflatten(0, x.shape[:-1])  # pyright: ignore
+        return out if bias is None else out + bias
 
 
 class _Float8Product(torch.autograd.Function):

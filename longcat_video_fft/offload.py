@@ -9,7 +9,7 @@ their own, in the order of the work: memory does not depend on how far the host 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ MIN_BYTES = 1 << 24
 SLAB_BYTES = 1 << 32  # torch rounds pinned memory up to a power of two
 ALIGNMENT = 512
 BLOCKS_TO_COPY = 2  # blocks that may work until a copy out must be done
+
+
+class View(NamedTuple):
+    """A tensor of a piece of memory; `offset` in elements."""
+
+    place: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 class ObservedBlock:
@@ -53,7 +63,7 @@ class PinnedStore:
         self.newest: Kept | None = None
         self.leaving: list[Kept] = []
         self.free: dict[int, list[Tensor]] = {}  # by size
-        self.slab = torch.empty(0, dtype=torch.uint8)
+        self.slabs: list[Tensor] = []  # what is left of them
 
     def keep(self, block: Any) -> Kept:
         """For what a block that now begins will keep."""
@@ -80,9 +90,13 @@ class PinnedStore:
         if self.free.get(num_bytes):
             return self.free[num_bytes].pop()
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        if len(self.slab) < size:
-            self.slab = torch.empty(max(SLAB_BYTES, size), dtype=torch.uint8, pin_memory=True)
-        buffer, self.slab = self.slab[:num_bytes], self.slab[size:]
+        place = next((i for i, slab in enumerate(self.slabs) if len(slab) >= size), None)
+        if place is None:
+            place = len(self.slabs)
+            new = torch.empty(max(SLAB_BYTES, size), dtype=torch.uint8, pin_memory=True)
+            self.slabs.append(new)
+        buffer = self.slabs[place][:num_bytes]
+        self.slabs[place] = self.slabs[place][size:]
         return buffer
 
     def release(self, buffer: Tensor) -> None:
@@ -91,27 +105,39 @@ class PinnedStore:
 
 
 class Kept:
-    """The tensors that one block keeps: on the GPU, in host memory, then on the GPU again."""
+    """The memory that one block keeps: on the GPU, in host memory, then on the GPU again.
+
+    Pieces of memory, not tensors: several of these may be views of one piece (queries, keys and
+    values of one product), which moves once and is free only when all of it is.
+    """
 
     def __init__(self, block: Any, store: PinnedStore, before: Kept | None) -> None:
         self.store = store
         self.before = before  # of the offloaded block before this one: its backward comes next
         self.weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        self.on_gpu: list[Tensor | None] = []
-        self.on_host: list[tuple[Tensor, Tensor]] = []  # as the tensor was; the buffer of it
+        self.places: dict[int, int] = {}  # of pieces, by their address while they are kept
+        self.on_gpu: list[Tensor | None] = []  # pieces, as bytes
+        self.on_host: list[Tensor] = []
+        self.num_views: list[int] = []  # that are still to be taken, of each piece
         self.copied = torch.cuda.Event()
         self.blocks_to_copy = BLOCKS_TO_COPY
         self.is_new, self.is_taken = True, False
 
-    def put(self, value: Tensor) -> Tensor | int:
-        """Its place in the list; weights stay where FSDP has them, and so do small tensors."""
-        is_weight = value.untyped_storage().data_ptr() in self.weights
-        if value.nbytes < MIN_BYTES or is_weight or not is_dense(value):
+    def put(self, value: Tensor) -> Tensor | View:
+        """Where it lies; weights stay where FSDP has them, and so do small tensors."""
+        storage = value.untyped_storage()
+        address = storage.data_ptr()
+        if storage.nbytes() < MIN_BYTES or address in self.weights:
             return value
-        self.on_gpu.append(value)
-        return len(self.on_gpu) - 1
+        if address not in self.places:
+            self.places[address] = len(self.on_gpu)
+            self.on_gpu.append(value.new_empty(0, dtype=torch.uint8).set_(storage))  # pyright: ignore
+            self.num_views.append(0)
+        place = self.places[address]
+        self.num_views[place] += 1
+        return View(place, value.dtype, value.shape, value.stride(), int(value.storage_offset()))
 
-    def take(self, kept: Tensor | int) -> Tensor:
+    def take(self, kept: Tensor | View) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         if not self.is_taken:
@@ -121,21 +147,22 @@ class Kept:
             if self.before is not None:
                 self.before.start_copy_in()
                 self.before = None
-        value = self.on_gpu[kept]
-        self.on_gpu[kept] = None  # the backward frees it as soon as it can
-        assert value is not None
-        return value
+        piece = self.on_gpu[kept.place]
+        assert piece is not None
+        self.num_views[kept.place] -= 1
+        if self.num_views[kept.place] == 0:
+            self.on_gpu[kept.place] = None  # the backward frees it as soon as it can
+        return piece.view(kept.dtype).as_strided(kept.shape, kept.stride, kept.offset)
 
     def start_copy_out(self) -> None:
         self.is_new = False
         self.store.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.store.stream):
-            for value in self.on_gpu:
-                assert value is not None
-                buffer = self.store.acquire(value.nbytes)
-                host = buffer.view(value.dtype).as_strided(value.shape, value.stride())
-                host.copy_(value, non_blocking=True)
-                self.on_host.append((host, buffer))
+            for piece in self.on_gpu:
+                assert piece is not None
+                buffer = self.store.acquire(len(piece))
+                buffer.copy_(piece, non_blocking=True)
+                self.on_host.append(buffer)
             self.copied.record()
 
     def leave_gpu(self) -> None:
@@ -148,19 +175,13 @@ class Kept:
         """Nothing is copied where all is still on the GPU: of the last blocks, or asked again."""
         if not self.on_gpu:
             # Memory of the current stream, which may be in use up to here.
-            self.on_gpu = [torch.empty_like(host, device="cuda") for host, _ in self.on_host]
+            pieces = [torch.empty_like(buffer, device="cuda") for buffer in self.on_host]
             self.store.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.store.stream):
-                for value, (host, _) in zip(self.on_gpu, self.on_host, strict=True):
-                    assert value is not None
-                    value.copy_(host, non_blocking=True)
+                for piece, buffer in zip(pieces, self.on_host, strict=True):
+                    piece.copy_(buffer, non_blocking=True)
                 self.copied.record()
-        for _, buffer in self.on_host:
+            self.on_gpu = list(pieces)
+        for buffer in self.on_host:
             self.store.release(buffer)
         self.on_host = []
-
-
-def is_dense(value: Tensor) -> bool:
-    """Whether its elements fill one piece of memory, in any order."""
-    extent = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-    return extent + 1 == value.numel()

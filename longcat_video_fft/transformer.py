@@ -7,7 +7,7 @@ number of text keys, no value ever read by the host.
 
 B batch, T latent frames, S patches a frame, N = T*S tokens, L text tokens, C width, H heads,
 D = C/H.
-Ships with an export beside `attention.py`; imports nothing else of this folder.
+Ships with an export beside `attention.py` and `layers.py`; imports nothing else of this folder.
 """
 
 from __future__ import annotations
@@ -22,90 +22,30 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longcat_video_fft.attention import GatherTokens, attend, rotary_tables, rotate
+from longcat_video_fft.attention import (
+    GatherTokens,
+    attend,
+    halve_pairs,
+    rotary_tables,
+    rotate,
+)
+from longcat_video_fft.layers import (
+    EPS,
+    CaptionEmbedder,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    PatchEmbed3D,
+    RMSNorm,
+    TimestepEmbedder,
+    linear_fp32,
+    modulate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.distributed import ProcessGroup
-
-EPS = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """Over the last dimension, in float32; scaled in the input's dtype."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-        return normed.type_as(x) * self.weight
-
-
-class LayerNorm(nn.LayerNorm):
-    """In float32, back in the input's dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, EPS).type_as(input)
-
-
-def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` with float32 arithmetic whatever its weights are kept in."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x.float(), layer.weight.float(), bias)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises (B, T, S, C) and shifts and scales it by (B, T, 1, C), in float32."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
-    return (normed * (scale + 1) + shift).type_as(x)
-
-
-class PatchEmbed3D(nn.Module):
-    def __init__(self, patch_size: tuple[int, int, int], in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 16, T, h, w) -> (B, T, S, C). As a product of patches: the convolution is slow."""
-        _, ph, pw = self.proj.kernel_size
-        patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # (B, c, T, h, ph, w, pw)
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)  # (B, T, S, c*p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class TimestepEmbedder(nn.Module):
-    def __init__(self, dim: int, frequency_embedding_size: int) -> None:
-        super().__init__()
-        self.num_waves = frequency_embedding_size // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, dim), nn.SiLU(), nn.Linear(dim, dim)
-        )
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        """(B, T) in 0..1000 -> (B, T, adaln_tembed_dim) float32; cosines before sines."""
-        powers = torch.arange(self.num_waves, dtype=torch.float32, device=timestep.device)
-        angles = timestep.float()[..., None] * torch.exp(
-            -math.log(10000.0) / self.num_waves * powers
-        )
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        return linear_fp32(self.mlp[2], F.silu(linear_fp32(self.mlp[0], waves)))  # pyright: ignore
-
-
-class CaptionEmbedder(nn.Module):
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.y_proj = nn.Sequential(
-            nn.Linear(in_channels, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
-
-    def forward(self, caption: Tensor) -> Tensor:
-        return self.y_proj(caption)
 
 
 class Attention(nn.Module):
@@ -116,16 +56,23 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, num_cond: int) -> Tensor:
         """(B, N, C) -> (B, N, C); cos and sin (N, D/2); the first `num_cond` tokens are clean."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        head_dim, width = 2 * cos.shape[-1], self.proj.in_features
+        weight, bias = (
+            torch.cat((halve_pairs(p[: 2 * width], head_dim), p[2 * width :]))
+            for p in (self.qkv.weight, self.qkv.bias)
+        )
+        qkv = self.qkv.product(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q = RMSNorm.normalize(q, halve_pairs(self.q_norm.weight, head_dim))
+        k = RMSNorm.normalize(k, halve_pairs(self.k_norm.weight, head_dim))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if num_cond == 0:
             out = attend(q, k, v, cp_group=self.cp_group)
         else:
@@ -156,20 +103,6 @@ class CrossAttention(nn.Module):
         out = attend(*(t.transpose(1, 2) for t in (q, k, v)), key_mask=key_mask)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return F.pad(out, (0, 0, num_cond, 0)) if num_cond else out
-
-
-class FeedForward(nn.Module):
-    """SwiGLU; the inner width is 2/3 of the asked one, rounded up to a multiple of 256."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        inner = 256 * math.ceil(int(2 * hidden_dim / 3) / 256)
-        self.w1 = nn.Linear(dim, inner, bias=False)
-        self.w2 = nn.Linear(inner, dim, bias=False)
-        self.w3 = nn.Linear(dim, inner, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class LongCatSingleStreamBlock(nn.Module):

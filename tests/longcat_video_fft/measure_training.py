@@ -98,7 +98,8 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
         seconds.append(round(time.perf_counter() - started, 3))
         losses.append(round(sums[0].item() / sums[1].item(), 6))
         if is_main_process():  # a run that is stopped has shown what it did
-            say(f"step {step}: {seconds[-1]} s, loss {losses[-1]}\n")
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            say(f"step {step}: {seconds[-1]} s, loss {losses[-1]}, peak {peak:.2f} GiB\n")
 
     for step in range(args.steps):
         do_step(step)

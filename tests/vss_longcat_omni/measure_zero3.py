@@ -1,7 +1,7 @@
 """LoRA steps under ZeRO-3 at the released widths with few layers and random weights, on the GPUs
 at hand, beside what `plan` predicts. Through the model, the trainer and the options of train_ds.py.
 
-    python3 -m deepspeed.launcher.runner --num_gpus=2 --module tests.vss_longcat_omni.measure_zero3 \
+    deepspeed --num_gpus=2 --module tests.vss_longcat_omni.measure_zero3 \
         --layers 3 [--samples 4] [--option value ...]
 
 Weights stay on the GPUs (no offload_param). Prints a line a step and one of JSON at the end.
