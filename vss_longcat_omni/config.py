@@ -1,33 +1,27 @@
-"""All settings of a run: what the source document names, as fields here and flags of train_ds.py.
+"""All settings of a run: what the source document names, as fields and flags of train_ds.py.
 
     deepspeed --num_gpus=8 train_ds.py --model_name_or_path DIR --num_train_epochs 3
     deepspeed --num_gpus=8 train_ds.py --config my_run.json
 
-`RunArguments` says what is trained and on which data, `OmniTrainingArguments` is Hugging Face's
-TrainingArguments with this project's defaults. Mistakes are found before any weight is read.
+`RunArguments` (run_arguments.py) says what is trained and on which data, `OmniTrainingArguments` is
+Hugging Face's TrainingArguments with this project's defaults.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from vss_longcat_omni.frame_sampling import SamplingRule
-from vss_longcat_omni.loss import LossWeights
-from vss_longcat_omni.model.lora import LORA_TARGETS, translate_targets
+from vss_longcat_omni.run_arguments import RunArguments, expand_config
 
 logger = logging.getLogger(__name__)
 
-TUNINGS = ("lora", "full")
-TRANSCRIPTS = ("file", "none")
 # Options of earlier transformers, which the source document's code uses.
 RENAMED = {
     "warmup_ratio": "warmup_steps (a number below 1 is the share of all steps)",
@@ -36,77 +30,6 @@ RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR",
 }
-
-
-@dataclass(kw_only=True)
-class RunArguments:
-    """What is trained, on what.
-
-    Attributes:
-        model_name_or_path: a folder, or a hub id (1.1 TB are downloaded, once a node).
-        data_dir: holds training/ (or train/) and perhaps test/.
-        cache_dir: prepared frames, features and codes; made once, used by every run.
-        codec: folder of a speech codec. None: the embedded one, fitted to the answers and kept in
-            cache_dir/codec.
-        transcripts: "file": every answer has its output.txt. "none": the text stream is all pads,
-            and the model learns to speak without a text to follow.
-        tuning: "lora", or "full": everything, for small models.
-        train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
-            holds them.
-        frame_sampling: which frames of a video are seen (frame_sampling.py).
-        max_vision_tokens: of one sample, after pooling.
-        max_tokens: of one micro-batch when packing.
-        packing: fill micro-batches up to max_tokens; else per_device_train_batch_size samples of
-            like length.
-        text_loss_weight, audio_loss_weight, semantic_loss_weight: see loss.py.
-        system_prompt: text of a system turn before the question; empty: none.
-        prepare_only: stop when frames, features and codes are in the cache.
-        force: train although the plan says that it cannot fit.
-    """
-
-    model_name_or_path: str = "meituan-longcat/LongCat-Flash-Omni"
-    data_dir: str = "data"
-    cache_dir: str = "cache"
-    codec: str | None = None
-    transcripts: str = "file"
-    tuning: str = "lora"
-    lora_r: int = 32
-    lora_alpha: int = 64
-    lora_dropout: float = 0.05
-    lora_target_modules: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
-    train_projectors: bool = False
-    train_audio_heads: bool = False
-    frame_sampling: str = "multimodal_interleaved"
-    max_vision_tokens: int = 28672
-    max_tokens: int = 8192
-    packing: bool = True
-    text_loss_weight: float = 1.5
-    audio_loss_weight: float = 0.25
-    semantic_loss_weight: float = 0.1
-    system_prompt: str = ""
-    prepare_only: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        _check_choice("tuning", self.tuning, TUNINGS)
-        _check_choice("transcripts", self.transcripts, TRANSCRIPTS)
-        _check_choice("frame_sampling", self.frame_sampling, get_args(SamplingRule))
-        for name in ("lora_r", "lora_alpha", "max_tokens", "max_vision_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1.")
-        weights = (self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(
-                f"text_loss_weight, audio_loss_weight, semantic_loss_weight={weights}: give none "
-                "below 0 and at least one above."
-            )
-        self.lora_target_modules = list(translate_targets(self.lora_target_modules))
-
-    @property
-    def loss_weights(self) -> LossWeights:
-        return LossWeights(self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
 
 
 @dataclass
@@ -156,8 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTr
     Raises:
         ValueError: a value that cannot be, or a key that does not exist.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = _expand_config(words)
+    words = expand_config(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((RunArguments, OmniTrainingArguments))  # pyright: ignore
     run, training, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True
@@ -177,42 +99,3 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTr
             "HF_HUB_ENABLE_HF_TRANSFER has no effect any more: set HF_XET_HIGH_PERFORMANCE=1."
         )
     return run, training
-
-
-def _expand_config(words: list[str]) -> list[str]:
-    """`--config FILE` replaced by the file's keys as flags, so that later flags win."""
-    if "--config" not in words:
-        return words
-    at = words.index("--config")
-    if at + 1 == len(words):
-        raise ValueError("--config: needs a JSON file.")
-    path = Path(words[at + 1])
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"--config {path}: no such file.") from error
-    except ValueError as error:
-        raise ValueError(f"--config {path}: not readable as JSON ({error}).") from error
-    names = {f.name for kind in (RunArguments, OmniTrainingArguments) for f in fields(kind)}
-    flags: list[str] = []
-    for key, value in values.items():
-        if key not in names:
-            hint = RENAMED.get(key)
-            raise ValueError(
-                f"{path}: {key}: no such key" + (f"; it became {hint}." if hint else ".")
-            )
-        flags += _as_flag(key, value)
-    return flags + words[:at] + words[at + 2 :]
-
-
-def _as_flag(key: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}.")

@@ -8,17 +8,19 @@ Shapes: T positions, S audio streams, P patches, F audio tokens.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from vss_longcat_omni.conversation import MediaItem
 from vss_longcat_omni.dataset import read_transcript
 from vss_longcat_omni.interleave import plan_interleaved
 from vss_longcat_omni.pixels import num_tokens as num_unit_tokens
 from vss_longcat_omni.pixels import plan_pooling, to_patches
-from vss_longcat_omni.template import MediaItem, build_labels, build_streams
+from vss_longcat_omni.template import build_labels, build_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,11 +28,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vss_longcat_omni.conversation import Turn
     from vss_longcat_omni.frame_sampling import Strategy
     from vss_longcat_omni.pixels import Grid, PixelConfig, PooledGrid
     from vss_longcat_omni.prepare import PreparedSample
     from vss_longcat_omni.special_tokens import SpecialTokens
-    from vss_longcat_omni.template import Streams, Turn
+    from vss_longcat_omni.template import Streams
+
+
+logger = logging.getLogger(__name__)
+
+TRANSCRIBE = "python -m vss_longcat_omni.transcribe"
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class VssDataset(Dataset[Example]):
         self.prepared, self.converse = prepared, converse
         self.tokenizer, self.tokens, self.pixels = tokenizer, tokens, pixels
         self.use_transcripts = use_transcripts
+        if use_transcripts and (num_cached := sum(p.has_cached_transcript for p in prepared)):
+            logger.info("%d of %d transcripts are from the cache", num_cached, len(prepared))
         each = tqdm(prepared, desc="reading samples", disable=not show_progress)
         self.lengths = [len(self.build_streams(sample).input_ids) for sample in each]
 
@@ -137,7 +147,9 @@ class VssDataset(Dataset[Example]):
             wanted = sample.sample.output_audio.with_suffix(".txt").name
             raise ValueError(
                 f"no {wanted} beside {sample.sample.output_audio.name}. Write what the answer "
-                "says, or train without text by --transcripts none."
+                f"says, or let a recogniser hear all of them (`{TRANSCRIBE} "
+                f"{sample.sample.video.parent.parent} --cache_dir {sample.path.parent} --asr "
+                "whisper:FOLDER_OR_HUB_ID`), or train without text by --transcripts none."
             )
         return None
 

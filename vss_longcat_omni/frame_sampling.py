@@ -19,7 +19,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-SamplingRule = Literal["multimodal_interleaved", "video", "plain_2fps"]
+from vss_longcat_omni.run_arguments import SamplingRule
+
 Strategy = Literal["sequential", "average"]
 
 MIN_FRAMES, MAX_RATE = 16, 4  # of rule `video`: a short clip gets up to 4 fps to reach 16 frames

@@ -94,9 +94,9 @@ def load_answerer(
     """Raises ValueError for a folder that is not whole."""
     config = load_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    read_special_tokens(tokenizer)
+    tokens = read_special_tokens(tokenizer)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model: Any = LongcatOmniForCausalLM(config).to(dtype)
+    model: Any = LongcatOmniForCausalLM(config, tokens=tokens).to(dtype)
     load_weights(model, CheckpointReader(folder), show_progress=False)
     if adapter is not None:
         beside = adapter / TRAINED_MODULES
@@ -109,7 +109,7 @@ def load_answerer(
         model_folder=folder,
         frame_sampling=frame_sampling,
     )
-    codec = open_codec(str(codec_folder))
+    codec = open_codec(str(codec_folder), device=device)
     options = DecodingOptions(max_rows=max_rows, num_codes=codec.book_sizes, has_text=has_text)
     return Answerer(model.to(device).eval(), tokenizer, settings, codec, system_prompt, options)
 

@@ -20,10 +20,12 @@ bos a piece would not fit beside its audio rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vss_longcat_omni.conversation import Segment, TextItem, Turn, VoiceItem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,41 +42,6 @@ ROLES = {
     "assistant": ROLE_ASSISTANT,
     "voice assistant": ROLE_ASSISTANT,
 }
-
-
-@dataclass(frozen=True)
-class TextItem:
-    text: str
-
-
-@dataclass(frozen=True)
-class MediaItem:
-    """Sound, pictures or both, as interleave.py plans them."""
-
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Speech up to a pause.
-
-    `text` None: no transcript is known and the text stream is all pads (text-pad-only). The model
-    then learns to speak without a text to follow, so the caller has to choose it.
-    """
-
-    text: str | None
-    codes: Tensor  # (N, S) int64 raw codes
-
-
-@dataclass(frozen=True)
-class VoiceItem:
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: Literal["system", "user", "assistant", "voice assistant"]
-    items: tuple[TextItem | MediaItem | VoiceItem, ...]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vss_longcat_omni.model.config import LongcatOmniConfig
 from vss_longcat_omni.model.language_model import LongcatFlashModel
-from vss_longcat_omni.model.lora import LORA_TARGETS, add_lora
+from vss_longcat_omni.model.lora import add_lora
+from vss_longcat_omni.model.lora_targets import LORA_TARGETS
 
 BACKENDS = {
     "any": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],

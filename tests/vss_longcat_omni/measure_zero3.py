@@ -21,13 +21,14 @@ import torch
 from transformers import TrainerCallback
 
 from tests.vss_longcat_omni.tiny import make_example, tiny_config
-from vss_longcat_omni import train_ds
+from vss_longcat_omni import training as training_module
 from vss_longcat_omni.config import parse_arguments
 from vss_longcat_omni.plan import check_fits
 from vss_longcat_omni.plan_inputs import released_config
+from vss_longcat_omni.special_tokens import SpecialTokens
 from vss_longcat_omni.trainer import OmniTrainer
 
-DS_CONFIG = Path(train_ds.__file__).with_name("ds_config.json")
+DS_CONFIG = Path(training_module.__file__).with_name("ds_config.json")
 EXTRA = 3  # positions of `make_example` beside the frames, without media
 
 
@@ -86,7 +87,7 @@ def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
     config.num_hidden_layers = 2 * options.layers
     plan = check_fits(run, training, config)
     assert plan is not None
-    model = train_ds.build_model(run, training, config, lambda _: None)
+    model = training_module.build_model(run, training, config, SpecialTokens(), lambda _: None)
     logging.info("built")
     count = options.samples * training.gradient_accumulation_steps * training.world_size
     data: Any = Samples(run.max_tokens // options.samples, count * options.steps)

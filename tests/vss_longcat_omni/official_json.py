@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from vss_longcat_omni.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
 from vss_longcat_omni.interleave import Part, plan_audio, plan_interleaved
 from vss_longcat_omni.special_tokens import (
     BOS_TOKEN,
@@ -23,7 +24,6 @@ from vss_longcat_omni.special_tokens import (
     CodecIds,
     SpecialTokens,
 )
-from vss_longcat_omni.template import MediaItem, Segment, TextItem, Turn, VoiceItem
 
 if TYPE_CHECKING:
     from pathlib import Path

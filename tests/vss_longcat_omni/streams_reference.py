@@ -24,17 +24,19 @@ from tests.vss_longcat_omni.official_json import (
 )
 from vss_longcat_omni import template
 from vss_longcat_omni.answer import clean_text, decode_text, undo_delay
+from vss_longcat_omni.conversation import Segment, Turn, VoiceItem
 from vss_longcat_omni.frame_sampling import FrameSample, sample_interleaved, sample_video
 from vss_longcat_omni.interleave import AUDIO_TOKEN_SECONDS, plan_interleaved
 from vss_longcat_omni.model.fusion import AudioEmbeddings, merge_embeddings
 from vss_longcat_omni.special_tokens import CodecIds, SpecialTokens, read_special_tokens
-from vss_longcat_omni.template import Segment, Streams, Turn, VoiceItem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
+
+    from vss_longcat_omni.template import Streams
 
 AUDIO_LENGTH = "frames=(n-400)//160+1, tokens=(frames+7)//8"
 

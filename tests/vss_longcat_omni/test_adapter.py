@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.vss_longcat_omni.tiny import AUDIO, VISION, randomize, tiny_config
 from vss_longcat_omni.adapter import LoraPair, read_adapter
-from vss_longcat_omni.model.lora import LORA_TARGETS
+from vss_longcat_omni.model.lora_targets import LORA_TARGETS
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vss_longcat_omni.answer import clean_text, decode_text, read_answer, undo_delay
+from vss_longcat_omni.conversation import Segment, Turn, VoiceItem
 from vss_longcat_omni.special_tokens import SpecialTokens, build_byte_tokenizer
-from vss_longcat_omni.template import Segment, Turn, VoiceItem, build_streams
+from vss_longcat_omni.template import build_streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

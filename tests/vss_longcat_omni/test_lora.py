@@ -16,7 +16,8 @@ from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 from tests.vss_longcat_omni.test_language_model import relative
 from tests.vss_longcat_omni.tiny import SIZES, randomize, tiny_config
 from vss_longcat_omni.model.config import LongcatOmniConfig
-from vss_longcat_omni.model.lora import LORA_TARGETS, add_lora, count_trainable, translate_targets
+from vss_longcat_omni.model.lora import add_lora, count_trainable
+from vss_longcat_omni.model.lora_targets import LORA_TARGETS, translate_targets
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from tests.vss_longcat_omni.tiny import AUDIO, VISION, tiny_config
 from vss_longcat_omni.model.attention import compute_rotation
 from vss_longcat_omni.model.language_model import LongcatFlashModel
-from vss_longcat_omni.model.lora import LORA_TARGETS, add_lora, count_trainable
+from vss_longcat_omni.model.lora import add_lora, count_trainable
+from vss_longcat_omni.model.lora_targets import LORA_TARGETS
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 from vss_longcat_omni.plan_inputs import (
     GIB,

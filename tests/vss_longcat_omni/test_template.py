@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vss_longcat_omni.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
 from vss_longcat_omni.interleave import plan_audio, plan_interleaved
 from vss_longcat_omni.special_tokens import SpecialTokens, build_byte_tokenizer
 from vss_longcat_omni.template import (
-    MediaItem,
-    Segment,
     Streams,
-    TextItem,
-    Turn,
-    VoiceItem,
     build_labels,
     build_prompt,
     build_streams,

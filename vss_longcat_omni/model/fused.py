@@ -20,10 +20,10 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its first argument is a tensor. TORCH_COMPILE_DISABLE=1 turns all of it off.
     """
-    compiled = torch.compile(function, dynamic=True)
+    compile_once = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
     def choose(first: torch.Tensor, *others: Any) -> Any:
-        return (compiled if first.is_cuda else function)(first, *others)
+        return (compile_once() if first.is_cuda else function)(first, *others)
 
     return choose

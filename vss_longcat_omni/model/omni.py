@@ -64,10 +64,15 @@ class OmniOutput(ModelOutput):
 class LongcatOmniForCausalLM(nn.Module):
     """Without `vision_config` or `audio_config` it has no eyes, or no ears."""
 
-    def __init__(self, config: LongcatOmniConfig, loss_weights: LossWeights | None = None) -> None:
+    def __init__(
+        self,
+        config: LongcatOmniConfig,
+        loss_weights: LossWeights | None = None,
+        tokens: SpecialTokens | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.tokens = SpecialTokens()
+        self.tokens = tokens or SpecialTokens()
         self.loss_weights = loss_weights or LossWeights()
         self.model = LongcatFlashModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
