@@ -26,16 +26,13 @@ from vss_longcat_omni.dataset import find_samples, read_transcript
 from vss_longcat_omni.generate import load_answerer
 from vss_longcat_omni.media import load_audio, resample, save_audio
 from vss_longcat_omni.prepare import load_fbank, look_and_listen
+from vss_longcat_omni.recogniser import SAMPLE_RATE, load_listener
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from vss_longcat_omni.dataset import Sample
 
-SAMPLE_RATE = 16000
-ROOM_NOISE = 1e-3  # PocketSphinx does not hear through silence to the last bit, as espeak-ng's
 CONDITIONS = ("said", "said_without_video", "said_without_question")
 
 
@@ -96,37 +93,6 @@ def summarize(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     most = max(expected.count(one) for one in set(expected))
     found = {f"{kind}_right": count / len(answers) for kind, count in shares.items()}
     return {"questions": len(answers), **found, "most_frequent_answer": most / len(answers)}
-
-
-def load_listener(sentences: Sequence[str]) -> Callable[[Tensor], str]:
-    """Which of the sentences a waveform (16 kHz) is, by PocketSphinx; "" for none.
-
-    Raises:
-        ValueError: the package is missing.
-    """
-    try:
-        from pocketsphinx import Decoder
-    except ImportError as error:
-        raise ValueError("pocketsphinx is not installed: install the extra 'eval'") from error
-    decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", lm=None)
-    choices = " | ".join(sentences)
-    decoder.add_jsgf_string("answers", f"#JSGF V1.0; grammar answers; public <one> = {choices};")
-    decoder.activate_search("answers")
-
-    def listen(waveform: Tensor) -> str:
-        if len(waveform) < SAMPLE_RATE // 10:  # it fails on less than a frame
-            return ""
-        room = torch.Generator().manual_seed(0)
-        waveform = waveform + ROOM_NOISE * torch.randn(len(waveform), generator=room)
-        pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
-        decoder.reinit_feat()  # else it adapts to what it heard before
-        decoder.start_utt()
-        decoder.process_raw(pcm, no_search=False, full_utt=True)
-        decoder.end_utt()
-        found = decoder.hyp()
-        return "" if found is None else found.hypstr
-
-    return listen
 
 
 def list_samples(options: argparse.Namespace) -> list[Sample]:

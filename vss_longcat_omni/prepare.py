@@ -14,7 +14,7 @@ import logging
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from vss_longcat_omni.codec import SpeechCodec
     from vss_longcat_omni.dataset import Sample
-    from vss_longcat_omni.frame_sampling import SamplingRule, Strategy
+    from vss_longcat_omni.frame_sampling import Strategy
+    from vss_longcat_omni.run_arguments import SamplingRule
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,15 @@ class PreparedSample:
     num_audio_tokens: int
     codes: Tensor  # (N, 4) int64, the answer
 
+    @property
+    def has_cached_transcript(self) -> bool:
+        """Its transcript is not the user's own output.txt."""
+        own = self.sample.transcript
+        return own is not None and own.parent != self.sample.output_audio.parent
+
+    def load_seen(self) -> Seen:
+        return Seen(self.load_frames(), self.timestamps, self.strategy, self.load_features())
+
     def load_frames(self) -> Tensor:
         """(frames, height, width, 3) uint8, resized."""
         return _read(self.path, "frames")
@@ -108,6 +118,7 @@ def prepare(
 ) -> list[PreparedSample]:
     """Prepares what is not there yet; samples that cannot be read are left out with a warning.
 
+    Samples without a transcript get the one that transcribe.py wrote into the cache, if it did.
     Videos and questions are read by `num_workers` processes, answers are encoded by this one, whose
     codec may sit on a GPU.
 
@@ -116,7 +127,7 @@ def prepare(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     with locked(cache_dir / "prepare.lock"):
-        digests = _ContentDigests(cache_dir / "digests.json")
+        digests = ContentDigests(cache_dir / "digests.json")
         name_seen, name_said = settings.fingerprint(), f"{FORMAT} {codec.fingerprint}"
         paths = {}
         for sample in samples:
@@ -127,6 +138,7 @@ def prepare(
                 cache_dir / f"{_digest(said)}.said.safetensors",
             )
         digests.save()
+        samples = [with_transcript(sample, digests, cache_dir) for sample in samples]
         problems = _prepare_seen(samples, paths, settings, num_workers)
         problems |= _prepare_said(samples, paths, codec)
     for text in list(problems.values())[:MAX_TOLD]:
@@ -173,6 +185,19 @@ def open_prepared(sample: Sample, seen: Path, said: Path) -> PreparedSample:
         )
 
 
+def with_transcript(sample: Sample, digests: ContentDigests, cache_dir: Path) -> Sample:
+    """The sample, with the cached transcript where it has none of its own and there is one."""
+    if sample.transcript is not None:
+        return sample
+    path = transcript_path(digests.of(sample.output_audio), cache_dir)
+    return replace(sample, transcript=path) if path.is_file() else sample
+
+
+def transcript_path(digest: str, cache_dir: Path) -> Path:
+    """Where transcribe.py writes what an answer of this content says."""
+    return cache_dir / "transcripts" / f"{digest}.txt"
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; the others wait, and the lock of a killed one is free."""
@@ -191,7 +216,7 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(text if str(path) in text else f"{path}: {text}") from error
 
 
-class _ContentDigests:
+class ContentDigests:
     """Digests of files' content, remembered by size and time so that each is read once."""
 
     def __init__(self, path: Path) -> None:

@@ -35,7 +35,8 @@ class RunArguments:
         cache_dir: prepared frames, features and codes; made once, used by every run.
         codec: folder of a speech codec. None: the embedded one, fitted to the answers and kept in
             cache_dir/codec.
-        transcripts: "file": every answer has its output.txt. "none": the text stream is all pads,
+        transcripts: "file": every answer has its output.txt, or a transcript of transcribe.py in
+            the cache. "none": the text stream is all pads,
             and the model learns to speak without a text to follow.
         tuning: "lora", or "full": everything, for small models.
         train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors

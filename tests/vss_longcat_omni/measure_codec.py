@@ -22,6 +22,7 @@ from data.espeak import SAMPLE_RATE, synthesise
 from data.shapes import COLOURS, SHAPES
 from vss_longcat_omni.media import load_audio, resample, save_audio
 from vss_longcat_omni.mel_codec import fit_codec
+from vss_longcat_omni.recogniser import ROOM_NOISE, load_grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,6 @@ GRAMMAR = """#JSGF V1.0; grammar sentences;
 public <sentence> = <a_colour> <shape> moves <direction> | the color is <colour>
     | it is a <shape> | it moves <direction>;"""
 NUM_HELD_OUT = 60
-# espeak-ng is silent between words to the last bit, which PocketSphinx cannot hear through.
-ROOM_NOISE = 1e-3
 
 
 def list_sentences() -> list[str]:
@@ -71,42 +70,19 @@ def record(folder: Path, voice: str, sentences: Sequence[str]) -> dict[str, Path
     return paths
 
 
-def load_judge() -> Callable[[Tensor], str]:
-    """Waveform -> the sentence that PocketSphinx hears."""
-    from pocketsphinx import Decoder
-
-    decoder = Decoder(samprate=16000, loglevel="FATAL", lm=None)
-    lists = {
-        "colours": COLOURS, "a_colours": A_COLOURS, "shapes": SHAPES, "directions": DIRECTIONS
-    }  # fmt: skip
-    words = {name: " | ".join(values) for name, values in lists.items()}
-    decoder.add_jsgf_string("sentences", GRAMMAR.format(**words))
-    decoder.activate_search("sentences")
-
-    def hear(waveform: Tensor) -> str:
-        decoder.reinit_feat()  # else it adapts to what it heard before
-        decoder.start_utt()
-        pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
-        decoder.process_raw(pcm, no_search=False, full_utt=True)
-        decoder.end_utt()
-        found = decoder.hyp()
-        return "" if found is None else found.hypstr
-
-    return hear
-
-
 def measure(
     speech: dict[str, dict[str, Path]], held_out: Sequence[str], change: Callable[[Tensor], Tensor]
 ) -> Iterator[str]:
     """For each noise: how many sentences are heard right after `change`, by voice."""
-    hear = load_judge()
+    lists = {
+        "colours": COLOURS, "a_colours": A_COLOURS, "shapes": SHAPES, "directions": DIRECTIONS
+    }  # fmt: skip
+    grammar = GRAMMAR.format_map({name: " | ".join(values) for name, values in lists.items()})
     for noise in (0.0, ROOM_NOISE):
-        generator = torch.Generator().manual_seed(0)
+        listen = load_grammar(grammar, room_noise=noise)
         right = []
         for voice in VOICES:
-            found = [change(load_audio(speech[voice][text])) for text in held_out]
-            noises = [noise * torch.randn(len(wave), generator=generator) for wave in found]
-            heard = [hear(wave + added) for wave, added in zip(found, noises, strict=True)]
+            heard = [listen(change(load_audio(speech[voice][text]))) for text in held_out]
             right.append(sum(a == b for a, b in zip(held_out, heard, strict=True)) / len(held_out))
         voices = " ".join(f"{value:.1%}" for value in right)
         yield f"noise {noise:g}: {sum(right) / len(right):.1%} ({voices})"

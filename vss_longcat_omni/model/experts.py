@@ -115,6 +115,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     The backward is written out because autograd would keep a transposed view of the weight: under
     ZeRO-3 its 25.8 GB would then stay when the layer's weights are released.
     """
+    if torch.is_autocast_enabled(rows.device.type):  # it knows nothing of functions of our own
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), weight.to(dtype)
     return _GroupedLinear.apply(rows, weight, ends)
 
 
