@@ -36,8 +36,8 @@ class RunArguments:
         codec: folder of a speech codec. None: the embedded one, fitted to the answers and kept in
             cache_dir/codec.
         transcripts: "file": every answer has its output.txt, or a transcript of transcribe.py in
-            the cache. "none": the text stream is all pads,
-            and the model learns to speak without a text to follow.
+            the cache. "none": the text stream is all pads, and the model learns to speak without a
+            text to follow.
         tuning: "lora", or "full": everything, for small models.
         train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
             holds them.
