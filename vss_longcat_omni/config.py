@@ -16,6 +16,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import get_token
 from transformers import HfArgumentParser, TrainingArguments
 
 from vss_longcat_omni.run_arguments import RunArguments, expand_config
@@ -54,6 +55,7 @@ class OmniTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = None  # noqa: RUF036 - None: `default_trackers`
     remove_unused_columns: bool = False  # the collator takes samples, not columns
     logging_nan_inf_filter: bool = False  # a loss that is no number stops the run
+    hub_strategy: str = "end"  # the adapter, once
 
     def __post_init__(self) -> None:
         if self.report_to is None:
@@ -61,8 +63,11 @@ class OmniTrainingArguments(TrainingArguments):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", "tensorboard_logs")
         if os.environ.get("PUSH_TO_HUB", "").lower() in ("1", "true", "yes"):
             self.push_to_hub = True
-        if self.push_to_hub and self.hub_model_id is None and os.environ.get("HF_USER"):
-            self.hub_model_id = f"{os.environ['HF_USER']}/{Path(str(self.output_dir)).name}"
+        if self.push_to_hub:
+            if not (self.hub_token or get_token()):
+                raise ValueError("PUSH_TO_HUB needs HF_TOKEN, or `hf auth login` before.")
+            if self.hub_model_id is None and os.environ.get("HF_USER"):
+                self.hub_model_id = f"{os.environ['HF_USER']}/{Path(str(self.output_dir)).name}"
         with warnings.catch_warnings():  # the documented name, from the next version an older one
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
             super().__post_init__()

@@ -88,9 +88,8 @@ def train(words: Sequence[str], converse: Callable[..., list[Turn]]) -> None:
     if trainer.stop.has_stopped:
         logger.warning("stopped; go on with --resume_from_checkpoint latest")
         return
-    trainer.save_model()  # on all processes: they gather the adapters together
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    # On all processes: they gather the adapters together. It uploads them too, where that is asked.
+    trainer.save_model()
 
 
 def stop_early(number: int, _: Any) -> None:

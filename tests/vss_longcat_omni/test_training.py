@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,6 +152,34 @@ def test_a_signal_saves_after_the_step_and_stops(
     train_ds.main(ground.words(tmp_path / "out", **ALONE))
     assert find_checkpoint(tmp_path / "out", "latest").name == "checkpoint-2"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()  # it is not done
+
+
+def test_the_adapter_is_uploaded_once_where_that_is_asked(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        def __init__(self) -> None:
+            self.uploads: list[dict[str, Any]] = []
+
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, **options: Any) -> None:
+            folder = Path(options["folder_path"])
+            names = {path.name for path in folder.iterdir()}
+            self.uploads.append(options | {"names": names})
+
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    for name, value in {"PUSH_TO_HUB": "true", "HF_USER": "me", "HF_TOKEN": "hf_secret"}.items():
+        monkeypatch.setenv(name, value)
+    train_ds.main(ground.words(tmp_path / "out", **ALONE, max_steps=2, save_steps=1))
+    (upload,) = hub.uploads
+    assert upload["repo_id"] == "me/out"
+    assert "checkpoint-*" in upload["ignore_patterns"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= upload["names"]
+    for path in (tmp_path / "out").glob("*"):  # the secret is nowhere in what is uploaded
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
 
 def test_half_written_checkpoints_are_not_picked(tmp_path: Path) -> None:
