@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,7 @@ from vss_longcat_omni.special_tokens import SpecialTokens
 from vss_longcat_omni.trainer import OmniTrainer
 
 DS_CONFIG = Path(training_module.__file__).with_name("ds_config.json")
+STARTED = time.monotonic()
 EXTRA = 3  # positions of `make_example` beside the frames, without media
 
 
@@ -58,9 +59,17 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+    def on_log(self, args: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
             self.steps.append(dict(logs))
+            say(args, json.dumps(logs))
+
+
+def say(training: Any, text: str) -> None:
+    """With the seconds so far: a run that is stopped has shown what it did."""
+    if training.should_log:
+        sys.stdout.write(f"{time.monotonic() - STARTED:.0f} s: {text}\n")
+        sys.stdout.flush()
 
 
 def main() -> None:
@@ -88,7 +97,7 @@ def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
     plan = check_fits(run, training, config)
     assert plan is not None
     model = training_module.build_model(run, training, config, SpecialTokens(), lambda _: None)
-    logging.info("built")
+    say(training, "built")
     count = options.samples * training.gradient_accumulation_steps * training.world_size
     data: Any = Samples(run.max_tokens // options.samples, count * options.steps)
     watch = Watch()
