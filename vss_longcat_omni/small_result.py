@@ -25,7 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "vss_longcat_omni"
 NUM_SAMPLES, NUM_HELD_OUT = 6000, 240
-MAX_TOKENS = 8192
 TRIAL_STEPS = 40  # how fast a step is, before the number of steps is chosen
 FILL = 0.97  # of a pack
 MAX_ROWS = 60  # of an answer, 60 ms each
@@ -36,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "small_omni")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training")
     parser.add_argument("--size", default="small", help="of make_model.py")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--held-out", type=int, default=NUM_HELD_OUT)
     options = parser.parse_args(argv)
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         run("a model with random weights", "-m", "vss_longcat_omni.make_model", model,
             "--data_dir", out / "data", "--size", options.size)  # fmt: skip
     if not (out / "trained" / "config.json").is_file():
-        rate = tokens_per_sec(train(out, steps=TRIAL_STEPS, name="trial"))
-        steps = max(1, int(options.minutes * 60 * rate / (FILL * MAX_TOKENS)))
-        train(out, steps=steps, name="trained")
+        max_tokens = options.max_tokens
+        log = train(out, steps=TRIAL_STEPS, name="trial", max_tokens=max_tokens)
+        steps = options.minutes * 60 * tokens_per_sec(log) / (FILL * max_tokens)
+        train(out, steps=max(1, int(steps)), name="trained", max_tokens=max_tokens)
     asked = ("--model_name_or_path", out / "trained", "--codec", out / "cache" / "codec")
     asked += ("--data_dir", out / "data", "--out", out / "report")
     run("questions by voices it never heard", "-m", "vss_longcat_omni.judge", "ask", *asked,
@@ -71,14 +72,14 @@ def make_samples(out: Path, num_samples: int, num_held_out: int) -> None:
             "--workers", str(num_workers()))  # fmt: skip
 
 
-def train(out: Path, *, steps: int, name: str) -> str:
+def train(out: Path, *, steps: int, name: str, max_tokens: int) -> str:
     """The whole model for so many steps, by train_ds.py; what it wrote on stdout."""
     return run(
         f"{steps} steps of training", "train_ds.py", "--deepspeed", "", "--tuning", "full",
         "--model_name_or_path", out / "model", "--data_dir", out / "data",
         "--cache_dir", out / "cache", "--output_dir", out / name,
         "--max_steps", str(steps), "--warmup_steps", "0.05", "--learning_rate", "5e-4",
-        "--max_tokens", str(MAX_TOKENS), "--gradient_accumulation_steps", "1",
+        "--max_tokens", str(max_tokens), "--gradient_accumulation_steps", "1",
         "--gradient_checkpointing", "false", "--logging_steps", "20", "--save_strategy", "no",
         "--report_to", "none", "--dataloader_num_workers", str(num_workers()),
         "--disable_tqdm", "true",
