@@ -100,11 +100,14 @@ class RunArguments:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Says what is wrong with the command line as far as it is ours; all else is read later.
+    """Says what is wrong with the command line as far as it is ours; all else, --help too, is read
+    later.
 
     Raises:
         ValueError: a value that cannot be, a file that cannot be read, no folder of samples.
     """
+    if {"-h", "--help"} & set(words):
+        return
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )

@@ -42,6 +42,10 @@ def test_good_words_of_others_pass(ground: Ground) -> None:
     check_words([*words, "--local_rank=1", "--lora_target_modules", "o_proj", "--bf16"])
 
 
+def test_help_needs_no_data() -> None:
+    check_words(["--help", "--data_dir", "/nowhere"])
+
+
 def test_a_config_file_stands_for_flags_that_later_ones_override(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     values = {"lora_r": 4, "lora_target_modules": ["o_proj", "q_b_proj"], "codec": None}

@@ -10,6 +10,7 @@ position, R its rotary width, V width of its values, C the latent's width (`kv_l
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -164,8 +165,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: fl
     square of its length.
     """
     if can_use_flash4(q, v):
-        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return Flash4.apply(q, k, v, bounds.to(q.device), max(lengths), scale)
+        bounds = compute_bounds(tuple(lengths), q.device)
+        return Flash4.apply(q, k, v, bounds, max(lengths), scale)
     heads_first = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (q, k, v))
     with sdpa_kernel(BACKENDS, set_priority=True):
         mixed = [
@@ -173,6 +174,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: fl
             for q_i, k_i, v_i in zip(*heads_first, strict=True)
         ]  # each (1, A, length, V)
     return torch.cat(mixed, dim=2)[0].transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def compute_bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(S + 1,) int32, where S packed sequences begin and end. Copied to the device once a pack, not
+    in each attention: the copy waits for the GPU."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def compute_rotation(
