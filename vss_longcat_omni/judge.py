@@ -37,7 +37,18 @@ CONDITIONS = ("said", "said_without_video", "said_without_question")
 
 
 def ask(options: argparse.Namespace) -> None:
-    """Every question as it is, to a grey video, and in silence."""
+    """Every question as it is, to a grey video, and in silence; by several processes, since a small
+    model leaves most of a GPU idle."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(ask_part, (options,), nprocs=options.workers)  # pyright: ignore
+    parts = [name_part(options.out, part) for part in range(options.workers)]
+    lines = sorted(line for part in parts for line in part.read_text().splitlines(keepends=True))
+    (options.out / "answers.jsonl").write_text("".join(lines))
+    for part in parts:
+        part.unlink()
+
+
+def ask_part(part: int, options: argparse.Namespace) -> None:
     answerer = load_answerer(
         options.model_name_or_path,
         codec_folder=options.codec,
@@ -45,9 +56,9 @@ def ask(options: argparse.Namespace) -> None:
         device=options.device,
         max_rows=options.max_rows,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "answers.jsonl").open("w") as file:
-        for sample in tqdm(list_samples(options), desc="asking"):
+    samples = list_samples(options)[part :: options.workers]
+    with name_part(options.out, part).open("w") as file:
+        for sample in tqdm(samples, desc="asking", disable=part > 0):
             seen = look_and_listen(sample.video, sample.input_audio, answerer.settings)
             grey = torch.full_like(seen.frames, 127)
             fbank = load_fbank(answerer.settings.model_folder)
@@ -62,6 +73,10 @@ def ask(options: argparse.Namespace) -> None:
                 save_audio(wav, codec.decode(answers[0].codes), sample_rate=codec.sample_rate)
             line = {"name": sample.name, "expected": read_expected(sample), **said}
             file.write(json.dumps(line) + "\n")
+
+
+def name_part(out: Path, part: int) -> Path:
+    return out / f"answers-{part}.jsonl"
 
 
 def hear(options: argparse.Namespace) -> None:
@@ -115,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--count", type=int, help="the first so many samples; default all")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes that ask, each a model")
     parser.add_argument("--max_rows", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = ("--model_name_or_path", out / "trained", "--codec", out / "cache" / "codec")
     asked += ("--data_dir", out / "data", "--out", out / "report")
     run("questions by voices it never heard", "-m", "vss_longcat_omni.judge", "ask", *asked,
-        "--max_rows", str(MAX_ROWS))  # fmt: skip
+        "--max_rows", str(MAX_ROWS), "--workers", "4" if has_gpu() else "1")  # fmt: skip
     if importlib.util.find_spec("pocketsphinx") is None:
         say("pocketsphinx is not installed: `python -m vss_longcat_omni.judge hear` is still to do")
         return 0
@@ -83,13 +83,17 @@ def train(out: Path, *, steps: int, name: str, max_tokens: int) -> str:
         "--gradient_checkpointing", "false", "--logging_steps", "20", "--save_strategy", "no",
         "--report_to", "none", "--dataloader_num_workers", str(num_workers()),
         "--disable_tqdm", "true",
-        *([] if shutil.which("nvidia-smi") else ["--use_cpu", "--bf16", "false"]),
+        *([] if has_gpu() else ["--use_cpu", "--bf16", "false"]),
     )  # fmt: skip
 
 
 def tokens_per_sec(log: str) -> float:
     """The last rate that was logged: the first ones count what is compiled."""
     return float(re.findall(r"'tokens_per_sec': '?([\d.e+]+)", log)[-1])
+
+
+def has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
 
 
 def num_workers() -> int:

@@ -2,7 +2,7 @@
 at hand, beside what `plan` predicts. Through the model, the trainer and the options of train_ds.py.
 
     deepspeed --num_gpus=2 --module tests.vss_longcat_omni.measure_zero3 \
-        --layers 3 [--samples 4] [--option value ...]
+        --layers 3 [--samples 4] [--profile table.txt] [--option value ...]
 
 Weights stay on the GPUs (no offload_param). Prints a line a step and one of JSON at the end.
 """
@@ -65,6 +65,25 @@ class Watch(TrainerCallback):
             say(args, json.dumps(logs))
 
 
+class Profile(TrainerCallback):
+    """A table of the kernels of the last step, on the first process."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            self.profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.profiler.stop()
+            averages = self.profiler.key_averages()
+            table = averages.table(sort_by="cuda_time_total", row_limit=40)
+            self.path.write_text(table, encoding="utf-8")
+
+
 def say(training: Any, text: str) -> None:
     """With the seconds so far: a run that is stopped has shown what it did."""
     if training.should_log:
@@ -77,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4, help="in a micro-batch")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--profile", default=None, help="write a table of kernels here")
     parser.add_argument("--tiny", action="store_true", help="tiny widths, to try it on a CPU")
     options, rest = parser.parse_known_args([w for w in sys.argv[1:] if "local_rank" not in w])
     settings = json.loads(DS_CONFIG.read_text())
@@ -101,8 +121,11 @@ def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
     count = options.samples * training.gradient_accumulation_steps * training.world_size
     data: Any = Samples(run.max_tokens // options.samples, count * options.steps)
     watch = Watch()
+    callbacks: list[TrainerCallback] = [watch]
+    if options.profile and training.should_log:
+        callbacks.append(Profile(options.profile))
     trainer = OmniTrainer(
-        model, training, run, model_folder=Path(), train_dataset=data, callbacks=[watch]
+        model, training, run, model_folder=Path(), train_dataset=data, callbacks=callbacks
     )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

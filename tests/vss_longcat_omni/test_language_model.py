@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from tests.vss_longcat_omni.tiny import SIZES, randomize, tiny_config
-from vss_longcat_omni.model import experts
+from vss_longcat_omni.model import attention, experts
 from vss_longcat_omni.model.attention import LatentCache
 from vss_longcat_omni.model.config import LongcatOmniConfig
 from vss_longcat_omni.model.language_model import LongcatFlashModel
@@ -86,6 +86,29 @@ def test_a_packed_sequence_sees_itself_alone(model: LongcatFlashModel) -> None:
     packed = run(model, torch.cat(parts), [5, 9, 1])
     for part, found in zip(parts, packed.split([5, 9, 1]), strict=True):
         torch.testing.assert_close(found, run(model, part, [len(part)]))
+
+
+def test_padded_sequences_attend_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [60, 64, 51, 1, 63]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), 2, width, requires_grad=True) for width in (24, 24, 16))
+    grad = torch.randn(sum(lengths), 2, 16)
+    calls = []
+    plain = attention.attend_rows
+
+    def count(*inputs: torch.Tensor, scale: float) -> torch.Tensor:
+        calls.append(tuple(inputs[0].shape[:2]))
+        return plain(*inputs, scale=scale)
+
+    monkeypatch.setattr(attention, "attend_rows", count)
+    results = []
+    for limit in (1.5, 0.0):
+        monkeypatch.setattr(attention, "MAX_PADDED", limit)
+        out = attention.attend(q, k, v, lengths, scale=0.2)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    assert calls == [(5, 64), *((1, length) for length in lengths)]
+    for padded, alone in zip(*results, strict=True):
+        torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_the_cache_gives_what_the_whole_sequence_gives(model: LongcatFlashModel) -> None:

@@ -5,7 +5,8 @@ Two low-rank projections: queries through `q_lora_rank`, keys and values through
 sqrt(hidden_size / rank) (transformers: `LongcatFlashMLA`).
 
 Shapes: T packed tokens, L cached tokens, H hidden size, A heads, N width of a head without
-position, R its rotary width, V width of its values, C the latent's width (`kv_lora_rank`).
+position, R its rotary width, V width of its values, C the latent's width (`kv_lora_rank`), S packed
+sequences, P tokens of a padded one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+MAX_PADDED = 1.5  # times the tokens, what they may become by padding
+PAD_MULTIPLE = 64  # few shapes: cuDNN plans each anew
 LATENT_NORM_EPS = 1e-6  # not the config's rms_norm_eps: these two norms keep the class's default
 
 
@@ -161,19 +164,42 @@ def expand_keys(expanded: Tensor, k_rope: Tensor, nope_dim: int) -> tuple[Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float) -> Tensor:
     """Causal attention inside each packed sequence: q, k (T, A, N + R), v (T, A, V) -> (T, A, V).
 
-    Without FlashAttention-4 one call a sequence: the block-diagonal mask of a pack would cost the
-    square of its length.
+    Without FlashAttention-4 sequences of similar lengths are padded to the longest, others take one
+    call each: the block-diagonal mask of a pack would cost the square of its length.
     """
     if can_use_flash4(q, v):
         bounds = compute_bounds(tuple(lengths), q.device)
         return Flash4.apply(q, k, v, bounds, max(lengths), scale)
-    heads_first = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (q, k, v))
+    longest = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
+    if len(lengths) > 1 and len(lengths) * longest <= MAX_PADDED * len(q):
+        places = compute_places(tuple(lengths), longest, q.device)
+        rows = (pad(x, places, (len(lengths), longest)) for x in (q, k, v))
+        return attend_rows(*rows, scale=scale).flatten(0, 1).index_select(0, places)
+    each = zip(*(x[None].split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([attend_rows(*one, scale=scale) for one in each], dim=1)[0]
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """q, k (S, P, A, N + R), v (S, P, A, V) -> (S, P, A, V). What pads a sequence comes after all
+    that is real, so it is never seen."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(BACKENDS, set_priority=True):
-        mixed = [
-            F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=scale)
-            for q_i, k_i, v_i in zip(*heads_first, strict=True)
-        ]  # each (1, A, length, V)
-    return torch.cat(mixed, dim=2)[0].transpose(0, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return mixed.transpose(1, 2)
+
+
+def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(T, A, D) -> (S, P, A, D), zeros where no token is."""
+    rows = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    return rows.index_copy(0, places, x).unflatten(0, shape)
+
+
+@functools.lru_cache(maxsize=4)
+def compute_places(lengths: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
+    """(T,), where each token lies among rows of `longest`."""
+    starts = range(0, longest * len(lengths), longest)
+    places = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+    return torch.cat(places).to(device)
 
 
 @functools.lru_cache(maxsize=4)
