@@ -108,7 +108,8 @@ def run(title: str, *words: str | Path) -> str:
     process = subprocess.Popen(
         [sys.executable, "-u", *map(str, words)],
         cwd=FOLDER if words[0] == "train_ds.py" else ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
+        # Compiling chains of so small operations takes longer than it saves.
+        env={"TORCH_COMPILE_DISABLE": "1", **os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         text=True,
     )
