@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac")
 MAX_KERNEL_SIZE = 10_000_000  # entries of the polyphase filter; 44.1 kHz -> 16 kHz has 70,000
+# Letters of another encoding in a title are no error; PyAV 19 takes them without being asked.
+OPEN_OPTIONS: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 SEEK_GAIN = 8  # frames: a jump that saves fewer decodes more, since B-frames come late
 
 
@@ -199,7 +201,7 @@ def _open(path: Path) -> Iterator[InputContainer]:
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), **OPEN_OPTIONS) as container:
             yield container
     except FFmpegError as error:
         raise ValueError(
