@@ -33,6 +33,7 @@ FP32, BF16 = 4, 2
 BLOCK_WIDTHS = 13.85
 GRADIENT_WIDTHS, GRADIENT_FFN_WIDTHS = 2, 1
 GATHERED_BLOCKS = 3  # in use, fetched ahead, and the buffer that it is fetched into
+SLABS = 1.2  # host memory that offload.py pins for a byte, measured 1.18: slabs have ends
 OPTIMIZER_CHUNK = 1 << 26  # optimizer.CHUNK: elements of a host-memory block updated at once
 
 
@@ -291,7 +292,8 @@ class _Run:
         swapped = [shape for block in self.sizes.blocks[self.resident :] for shape in block]
         everything = [*self.sizes.root, *(shape for block in self.sizes.blocks for shape in block)]
         one = self.tokens * self.width * self.compute
-        moved = self.moved(self.depth)
+        # Each that another block follows is copied, the last ones too, which come back at once.
+        moved = [i for i in offloaded_blocks(self.config, self.depth) if i < self.depth - 1]
         checkpointed = self.num_checkpointed(moved)
         activations = checkpointed * self.num_kept * one
         activations += (len(moved) - checkpointed) * self.block_activations
@@ -299,8 +301,9 @@ class _Run:
             Part("swapped blocks",
                  self.saved(swapped) + self.master * shard_size(swapped, self.shards),
                  f"weights, gradients and states of {self.depth - self.resident} blocks"),
-            Part("offloaded activations", activations,
-                 f"of {len(moved)} blocks, {len(moved) - checkpointed} of them without checkpoint"),
+            Part("offloaded activations", int(SLABS * activations),
+                 f"of {len(moved)} blocks, {len(moved) - checkpointed} of them without checkpoint, "
+                 "and ends of slabs"),
             Part("checkpoint", self.saved(everything), "a copy while it is written"),
         ]  # fmt: skip
 
