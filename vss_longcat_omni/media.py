@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 import torch
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -171,8 +172,11 @@ def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
             raise ValueError(f"{path}: {asked}; it has frames 0 to {num_frames - 1}")
         wanted = np.asarray(indices)
         pictures = np.empty(0, np.uint8)
+        # Its own, of one thread: that of PyAV has threads that a forked process (prepare.py) would
+        # wait for in vain.
+        reformatter = VideoReformatter()
         for number, frame in _decode(container, track, np.unique(wanted).tolist()):
-            picture = _to_picture(frame)
+            picture = _to_picture(frame, reformatter)
             if not pictures.size:  # one array: a list that is stacked would need twice the memory
                 pictures = np.empty((len(wanted), *picture.shape), np.uint8)
             if picture.shape != pictures.shape[1:]:
@@ -313,9 +317,9 @@ def _decode_from(
     return (frame for packet in chain([first], packets) for frame in packet.decode())
 
 
-def _to_picture(frame: VideoFrame) -> np.ndarray:
+def _to_picture(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """(H, W, 3) uint8 RGB, upright; colours by the file's tags (BT.601 where it has none)."""
-    picture = frame.to_ndarray(format="rgb24")
+    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     if frame.rotation:
         picture = np.rot90(picture, k=round(frame.rotation / 90))  # both counter-clockwise
     return picture
