@@ -258,6 +258,12 @@ class ModelSizes:
         )
         return sum(r * n for match, n in matrices if match and (not wanted or match[1] in wanted))
 
+    def count_layer_tensors(self, *, lora: bool) -> int:
+        """Of the language model's layers, with the two of each adapter."""
+        layers = {n: shape for n, shape in self.shapes.items() if n.startswith("model.layers.")}
+        matrices = (name for name, shape in layers.items() if len(shape) == 2)
+        return len(layers) + 2 * lora * sum(bool(LORA_PLACES.fullmatch(n)) for n in matrices)
+
     def count_trained(self, job: Job) -> int:
         if job.tuning == "full":
             return self.count()

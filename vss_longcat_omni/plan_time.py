@@ -1,8 +1,9 @@
 """How long a micro-step and a step take: work over measured rates, and the weights on their way.
 
 Rates were measured on H200s on 2026-11-21 (torch 2.11), on these shapes where shapes matter; they
-are used as shares of a datasheet's peak, so for other cards they are guesses. How the parts add up
-was not measured: every time here is an estimate.
+are used as shares of a datasheet's peak, so for other cards they are guesses. The two rates of
+DeepSpeed's gathers were fitted to a run of three layers on two H200s (README, "Measured"); on more
+GPUs, and with weights in host memory, how the parts add up was not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ EXPERTS_SHARE = 379 / 989  # grouped product, 65,536 rows over 512 experts (2026
 ATTENTION_SHARE = 360 / 989  # forward, PyTorch's flash backend
 MEMORY_SHARE = 38.65e9 / 9.0e-3 / 4.8e12  # reading a layer's experts takes 9.0 ms
 HOST_SHARE = 55 / 64  # pinned memory, both directions and two GPUs at once; PCIe 5
-LINK_SHARE = 273 / 450  # NCCL's all-gather on two GPUs
+LINK_SHARE = 234 / 450  # DeepSpeed's all-gathers on two GPUs (2026-11-27; NCCL's alone: 273)
+GATHER_SECONDS = 0.7e-3  # of the process for each tensor gathered, while the GPU waits (2026-11-27)
 PAGEABLE_SHARE = 0.5  # of that from memory that is not pinned; assumed
 BACKWARD_ATTENTION = 2.5  # forwards
 
@@ -105,7 +107,11 @@ def weight_terms(job: Job, sizes: ModelSizes, machine: Machine) -> list[Term]:
     passes = 2 + job.is_checkpointed
     weights = sizes.count() * job.itemsize
     what = f"{passes} passes x {weights / 1e9:.1f} GB"
-    terms = []
+    tensors = sizes.count_layer_tensors(lora=job.tuning == "lora")
+    terms = [
+        Term("DeepSpeed's own work", passes * tensors * GATHER_SECONDS,
+             f"{passes} passes x {tensors} tensors of the layers x {GATHER_SECONDS * 1e3:g} ms"),
+    ]  # fmt: skip
     if machine.gpus > 1:
         rate, link = LINK_SHARE * gpu.link_rate, "NVLink"
         if machine.nodes > 1 and machine.network_rate < rate:

@@ -98,7 +98,9 @@ def test_buffers_for_nvme_must_hold_the_largest_part(planned) -> None:
 def test_times_by_hand(planned) -> None:
     times = planned(8, 2 * TB).times
     assert times["from host memory"] == pytest.approx(3 * 1125.118 / 8 / 55, rel=1e-3)
-    assert times["all-gather"] == pytest.approx(3 * 1125.118 * 7 / 8 / 273, rel=1e-3)
+    assert times["all-gather"] == pytest.approx(3 * 1125.118 * 7 / 8 / 234, rel=1e-3)
+    # 27 tensors a layer, and two for each of the 5 + 3 targets of its two halves.
+    assert times["DeepSpeed's own work"] == pytest.approx(3 * 28 * (27 + 32) * 0.7e-3)
     # 2 x 17.53B dense and, of 12 picks, 8 real experts of 37.75M in 28 layers; 56 attentions over
     # half of 8192^2 with 64 heads x (192 + 128).
     dense = 3 * 2 * (560.665 - 541.166 - 0.805) * 8192 / 701e3
@@ -110,6 +112,15 @@ def test_times_by_hand(planned) -> None:
     assert times.tokens_per_sec == pytest.approx(8 * 8192 / times.slowest)
     assert planned(8, 2 * TB, offload="nvme").times["from NVMe"] == pytest.approx(482.2, rel=1e-3)
     assert planned(8, 2 * TB, is_sequential=True).times["copies"] == 0
+
+
+def test_a_gpu_almost_full_is_told(planned) -> None:
+    plan = planned(8, 2 * TB)
+    for share, is_told in ((0.8, False), (0.9, True), (1.1, False)):
+        size = int(plan.memory.needed / share)
+        machine = dataclasses.replace(plan.machine, gpu_bytes=size)
+        text = describe(dataclasses.replace(plan, machine=machine))
+        assert ("give memory back" in text) == is_told, share
 
 
 def test_a_network_slower_than_nvlink_bounds_the_gathers(planned) -> None:
