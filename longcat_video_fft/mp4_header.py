@@ -207,6 +207,8 @@ def _describe(movie: Movie, runs: list[Runs], *, seconds: float) -> VideoHeader:
     counts = counts[counts > 0]
     num_frames = check_frames(Runs(counts, deltas))
     duration = int((counts * deltas).sum()) / track.timescale
+    if movie.is_fragmented and not num_frames:
+        raise HeaderError("it ends before its first pictures", "truncated")
     if not num_frames or not duration:
         raise HeaderError(f"{num_frames} frames in {duration} seconds")
     if seconds:

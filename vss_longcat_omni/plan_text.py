@@ -93,8 +93,8 @@ def gpu_lines(plan: Plan) -> str:
         ]
         if FULL * has < memory.needed <= has:
             lines.append(
-                f"  more than {FULL:.0%} of it: PyTorch's allocator may have to give memory back and "
-                "take it anew in every step (measured at 91 %: 12.5 s a step where 8.6 are due)"
+                f"  more than {FULL:.0%} of it: PyTorch's allocator may give memory back and take "
+                "it anew in every step (measured at 91 %: 12.5 s a step where 8.6 are due)"
             )
     others = {name: size for name, size in memory.moments.items() if name != memory.moment}
     lines.append("  other moments: " + ", ".join(f"{k} {gb(v)}" for k, v in others.items()))

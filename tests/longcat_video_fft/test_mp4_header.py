@@ -326,6 +326,11 @@ def test_cut_before_the_pictures() -> None:
     assert error_of(data[: data.index(b"mdat") - 4]).reason == "truncated"
 
 
+def test_cut_before_the_first_fragment() -> None:
+    data = make_video(options=FRAGMENTS)
+    assert error_of(data[: data.index(b"moof") - 4]).reason == "truncated"
+
+
 def test_cut_media_far_behind_the_header() -> None:
     padding = box(b"free", bytes(100_000))
     data = make_file(make_trak(), rest=padding + MEDIA)
