@@ -175,6 +175,8 @@ def _read_fragments(source: _Source, position: int, *, movie: Movie) -> tuple[li
     """
     runs, seconds = [movie.track.runs], movie.seconds
     num_fragments, can_sample = 0, False
+    if position >= source.size and not movie.track.runs.counts.sum():
+        raise HeaderError("it ends before its first fragment", "truncated")
     try:
         while position < source.size:
             if can_sample and num_fragments >= SAMPLED_FRAGMENTS:
@@ -207,8 +209,6 @@ def _describe(movie: Movie, runs: list[Runs], *, seconds: float) -> VideoHeader:
     counts = counts[counts > 0]
     num_frames = check_frames(Runs(counts, deltas))
     duration = int((counts * deltas).sum()) / track.timescale
-    if movie.is_fragmented and not num_frames:
-        raise HeaderError("it ends before its first pictures", "truncated")
     if not num_frames or not duration:
         raise HeaderError(f"{num_frames} frames in {duration} seconds")
     if seconds:
