@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "vss_longcat_omni"
+from vss_longcat_omni.trial import ROOT, has_gpu, make_samples, run, say
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 OUT = ROOT / "runs" / "demo" / "vss_longcat_omni"
 NUM_SAMPLES, NUM_HELD_OUT = 96, 4
 STEPS = 90
@@ -30,52 +30,15 @@ MAX_LOSS_SHARE = 0.4  # of the first loss, that the last ones may be
 AVERAGED = 5  # steps
 
 
-def run(title: str, *words: str | Path, cwd: Path = FOLDER) -> None:
-    """Runs one command with its output shown, and says what it is."""
-    say(f"\n== {title}\n$ {' '.join(map(shown, words))}\n")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONWARNINGS": "ignore",
-        "TENSORBOARD_LOGGING_DIR": str(OUT / "tensorboard_logs"),
-    }
-    if not shutil.which("nvidia-smi"):
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [str(word) for word in words]
-    if command[0] in ("python", "deepspeed"):
-        command[0] = str(Path(sys.executable).parent / command[0])
-    result = subprocess.run(command, cwd=cwd, env=environment, check=False)
-    if result.returncode:
-        raise SystemExit(f"{title}: failed with exit status {result.returncode}")
-
-
-def shown(word: str | Path) -> str:
-    """Paths below the repository relative to the folder, as a reader would type them."""
-    return os.path.relpath(word, FOLDER) if isinstance(word, Path) else word
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def make_samples() -> None:
-    for split, count, seed in (("training", NUM_SAMPLES, 0), ("test", NUM_HELD_OUT, 1)):
-        run(
-            f"{count} samples: {split}", "python", "-m", "data.make_vss", OUT / "data" / split,
-            "--count", str(count), "--seed", str(seed), "--workers", "2",
-            "--split", "train" if split == "training" else "test", cwd=ROOT,
-        )  # fmt: skip
-    run("what is wrong with them", "python", "-m", "vss_longcat_omni.dataset", "check",
-        OUT / "data", "--headers_only")  # fmt: skip
-
-
 def train() -> None:
     run(
         "a tiny model with random weights", "python", "-m", "vss_longcat_omni.make_model",
         OUT / "model", "--data_dir", OUT / "data", "--size", "tiny",
     )  # fmt: skip
-    processor = [] if shutil.which("nvidia-smi") else ["--use_cpu"]
+    processor = [] if has_gpu() else ["--use_cpu"]
+    env = {"TENSORBOARD_LOGGING_DIR": str(OUT / "tensorboard_logs"), "PYTHONWARNINGS": "ignore"}
+    if not has_gpu():
+        env["DS_ACCELERATOR"] = "cpu"
     run(
         "training of all its weights under ZeRO-3 (the first time, DeepSpeed builds an operator)",
         "deepspeed", "--num_gpus=2", "train_ds.py", *processor, "--tuning", "full",
@@ -84,6 +47,7 @@ def train() -> None:
         "--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", str(STEPS),
         "--gradient_accumulation_steps", "1", "--max_tokens", "600", "--learning_rate", "5e-3",
         "--dataloader_num_workers", "0", "--gradient_checkpointing", "false",
+        env=env,
     )  # fmt: skip
 
 
@@ -125,7 +89,9 @@ def main() -> int:
     started = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    make_samples()
+    make_samples(OUT / "data", num_training=NUM_SAMPLES, num_test=NUM_HELD_OUT)
+    run("what is wrong with them", "python", "-m", "vss_longcat_omni.dataset", "check",
+        OUT / "data", "--headers_only")  # fmt: skip
     train()
     answer()
     history = read_losses()

@@ -3,7 +3,7 @@
     python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 5]
 
 (from the repository's root). Made samples: a shape moves, a voice asks for its colour, its shape or
-its direction, another voice answers; so both senses are needed. A model of 140M parameters, eyes
+its direction, another voice answers; so both senses are needed. A model of 164M parameters, eyes
 and ears among them, is trained whole for about --minutes; then held-out samples are asked, with
 combinations and voices that it never met, and again with the video blanked and the question
 silenced. In OUT are then the samples, the model, report/answers.jsonl and report/*.wav, and, where
@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "vss_longcat_omni"
+from vss_longcat_omni.trial import ROOT, has_gpu, make_samples, num_cores, run, say
+
 NUM_SAMPLES, NUM_HELD_OUT = 6000, 240
 TRIAL_STEPS = 40  # how fast a step is, before the number of steps is chosen
 FILL = 0.97  # of a pack
 MAX_ROWS = 60  # of an answer, 60 ms each
+MAX_WORKERS = 10  # that ask, each with a model on the GPU
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,97 +33,59 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="of training")
     parser.add_argument("--size", default="small", help="of make_model.py")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--held-out", type=int, default=NUM_HELD_OUT)
     options = parser.parse_args(argv)
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    make_samples(out, options.samples, options.held_out)
+    make_samples(out / "data", num_training=options.samples, num_test=options.held_out)
     model = out / "model"
     if not (model / "config.json").is_file():
-        run("a model with random weights", "-m", "vss_longcat_omni.make_model", model,
+        run("a model with random weights", "python", "-m", "vss_longcat_omni.make_model", model,
             "--data_dir", out / "data", "--size", options.size)  # fmt: skip
     if not (out / "trained" / "config.json").is_file():
-        max_tokens = options.max_tokens
-        log = train(out, steps=TRIAL_STEPS, name="trial", max_tokens=max_tokens)
-        steps = options.minutes * 60 * tokens_per_sec(log) / (FILL * max_tokens)
-        train(out, steps=max(1, int(steps)), name="trained", max_tokens=max_tokens)
-    asked = ("--model_name_or_path", out / "trained", "--codec", out / "cache" / "codec")
-    asked += ("--data_dir", out / "data", "--out", out / "report")
-    run("questions by voices it never heard", "-m", "vss_longcat_omni.judge", "ask", *asked,
-        "--max_rows", str(MAX_ROWS), "--workers", "4" if has_gpu() else "1")  # fmt: skip
+        log = train(options, "trial", steps=TRIAL_STEPS)
+        steps = options.minutes * 60 * tokens_per_sec(log) / (FILL * options.max_tokens)
+        train(options, "trained", steps=max(1, int(steps)))
+    report = ("--data_dir", out / "data", "--codec", out / "cache" / "codec")
+    report += ("--out", out / "report")
+    workers = min(MAX_WORKERS, num_cores()) if has_gpu() else 1
+    judge = ("python", "-m", "vss_longcat_omni.judge")
+    run("questions by voices it never heard", *judge, "ask", *report, "--model_name_or_path",
+        out / "trained", "--max_rows", str(MAX_ROWS), "--workers", str(workers))  # fmt: skip
     if importlib.util.find_spec("pocketsphinx") is None:
-        say("pocketsphinx is not installed: `python -m vss_longcat_omni.judge hear` is still to do")
+        say("pocketsphinx is not installed, so nobody has listened: `judge hear` is still to do\n")
         return 0
-    run("what is heard", "-m", "vss_longcat_omni.judge", "hear", *asked[2:])
+    run("what is heard", *judge, "hear", *report)
     return 0
 
 
-def make_samples(out: Path, num_samples: int, num_held_out: int) -> None:
-    for split, name, count, seed in (
-        ("train", "training", num_samples, 0),
-        ("test", "test", num_held_out, 1),
-    ):
-        run(f"{count} samples: {name}", "-m", "data.make_vss", out / "data" / name,
-            "--split", split, "--count", str(count), "--seed", str(seed),
-            "--workers", str(num_workers()))  # fmt: skip
-
-
-def train(out: Path, *, steps: int, name: str, max_tokens: int) -> str:
+def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
     """The whole model for so many steps, by train_ds.py; what it wrote on stdout."""
+    out = options.out.absolute()
     return run(
-        f"{steps} steps of training", "train_ds.py", "--deepspeed", "", "--tuning", "full",
+        f"{steps} steps of training",
+        "python", "train_ds.py", "--deepspeed", "", "--tuning", "full",
         "--model_name_or_path", out / "model", "--data_dir", out / "data",
         "--cache_dir", out / "cache", "--output_dir", out / name,
-        "--max_steps", str(steps), "--warmup_steps", "0.05", "--learning_rate", "5e-4",
-        "--max_tokens", str(max_tokens), "--gradient_accumulation_steps", "1",
+        "--max_steps", str(steps), "--warmup_steps", "0.05", "--learning_rate", str(options.learning_rate),
+        # The gradients of the ears grow a hundredfold when it begins to listen: 0.999 would
+        # go on dividing by what they were before, and such steps undo what was learned.
+        "--adam_beta2", "0.95",
+        "--max_tokens", str(options.max_tokens), "--gradient_accumulation_steps", "1",
         "--gradient_checkpointing", "false", "--logging_steps", "20", "--save_strategy", "no",
-        "--report_to", "none", "--dataloader_num_workers", str(num_workers()),
+        "--report_to", "none", "--dataloader_num_workers", str(max(1, num_cores() - 2)),
         "--disable_tqdm", "true",
         *([] if has_gpu() else ["--use_cpu", "--bf16", "false"]),
+        # Compiling chains of so small operations takes longer than it saves.
+        env={"TORCH_COMPILE_DISABLE": "1"},
     )  # fmt: skip
 
 
 def tokens_per_sec(log: str) -> float:
     """The last rate that was logged: the first ones count what is compiled."""
     return float(re.findall(r"'tokens_per_sec': '?([\d.e+]+)", log)[-1])
-
-
-def has_gpu() -> bool:
-    return shutil.which("nvidia-smi") is not None
-
-
-def num_workers() -> int:
-    return max(1, len(os.sched_getaffinity(0)) - 2)
-
-
-def run(title: str, *words: str | Path) -> str:
-    """Runs Python with these words; its stdout is shown and returned."""
-    started = time.monotonic()
-    say(f"\n== {title}\n$ python {' '.join(map(str, words))}")
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-u", *map(str, words)],
-        cwd=FOLDER if words[0] == "train_ds.py" else ROOT,
-        # Compiling chains of so small operations takes longer than it saves.
-        env={"TORCH_COMPILE_DISABLE": "1", **os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        sys.stdout.write(line)
-        lines.append(line)
-    if process.wait():
-        raise SystemExit(f"{title}: failed with exit status {process.returncode}")
-    say(f"({time.monotonic() - started:.0f} s)")
-    return "".join(lines)
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Runs the folder's own commands as a user types them: what demo.py and small_result.py share."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "vss_longcat_omni"
+
+
+def run(
+    title: str, *words: str | Path, cwd: Path = FOLDER, env: Mapping[str, str] | None = None
+) -> str:
+    """Runs a command, with `env` beside the user's variables; what it wrote on stdout.
+
+    Raises SystemExit where it fails.
+    """
+    say(f"\n== {title}\n$ {' '.join(map(shown, words))}\n")
+    started = time.monotonic()
+    command = [str(word) for word in words]
+    if command[0] in ("python", "deepspeed"):
+        command[0] = str(Path(sys.executable).parent / command[0])
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **(env or {}), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        say(line)
+        lines.append(line)
+    if process.wait():
+        raise SystemExit(f"{title}: failed with exit status {process.returncode}")
+    say(f"({time.monotonic() - started:.0f} s)\n")
+    return "".join(lines)
+
+
+def shown(word: str | Path) -> str:
+    """Paths below the repository relative to the folder, as a reader would type them."""
+    is_ours = isinstance(word, Path) and word.is_relative_to(ROOT)
+    return shlex.quote(os.path.relpath(word, FOLDER) if is_ours else str(word))
+
+
+def make_samples(data_dir: Path, *, num_training: int, num_test: int) -> None:
+    """The test's combinations and voices are in no sample of the training."""
+    for name, split, count, seed in (
+        ("training", "train", num_training, 0),
+        ("test", "test", num_test, 1),
+    ):
+        run(
+            f"{count} samples: {name}", "python", "-m", "data.make_vss", data_dir / name,
+            "--split", split, "--count", str(count), "--seed", str(seed),
+            "--workers", str(num_cores()), cwd=ROOT,
+        )  # fmt: skip
+
+
+def has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
