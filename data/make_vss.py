@@ -75,6 +75,9 @@ VALUES = {
     "shape": SHAPES,
     "direction": tuple(DIRECTIONS)[:4],
 }
+# Parts of the picture; larger shapes than elsewhere, which go less far: eyes that learn from nothing
+# on so few samples tell colours and directions in any size, shapes only over several patches.
+RADII, TRAVELS = (0.20, 0.27), (0.32, 0.42)
 VOICES = {  # who asks; the test's variants, and two of its accents, are in no other voice
     "train": (
         "en-us", "en-us+f3", "en-us+m2", "en-us+m3", "en-us+m7", "en-us-nyc+f4", "en-us-nyc+m4",
@@ -163,7 +166,9 @@ def talk_of(seed: int, index: int, *, split: str) -> Talk:
     value = VALUES[kind][index // len(QUESTIONS) % len(VALUES[kind])]
     combinations = list_combinations(SPLITS[split])
     chosen = rng.choice([each for each in combinations if getattr(each, kind) == value])
-    scene = replace(scene_of(seed, index, split=SPLITS[split]), **chosen._asdict())
+    scene = scene_of(seed, index, split=SPLITS[split])
+    size = {"radius": rng.uniform(*RADII), "travel": rng.uniform(*TRAVELS)}
+    scene = replace(scene, **chosen._asdict(), **size)
     return Talk(
         scene=scene,
         kind=kind,

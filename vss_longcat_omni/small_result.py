@@ -69,7 +69,8 @@ def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
         "python", "train_ds.py", "--deepspeed", "", "--tuning", "full",
         "--model_name_or_path", out / "model", "--data_dir", out / "data",
         "--cache_dir", out / "cache", "--output_dir", out / name,
-        "--max_steps", str(steps), "--warmup_steps", "0.05", "--learning_rate", str(options.learning_rate),
+        "--max_steps", str(steps), "--warmup_steps", "0.05",
+        "--learning_rate", str(options.learning_rate),
         # The gradients of the ears grow a hundredfold when it begins to listen: 0.999 would
         # go on dividing by what they were before, and such steps undo what was learned.
         "--adam_beta2", "0.95",
