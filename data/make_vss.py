@@ -75,8 +75,8 @@ VALUES = {
     "shape": SHAPES,
     "direction": tuple(DIRECTIONS)[:4],
 }
-# Parts of the picture; larger shapes than elsewhere, which go less far: eyes that learn from nothing
-# on so few samples tell colours and directions in any size, shapes only over several patches.
+# Parts of the picture. Shapes are larger than elsewhere and go less far: of few samples, eyes that
+# begin with nothing learn colours and directions in any size, shapes only over several patches.
 RADII, TRAVELS = (0.20, 0.27), (0.32, 0.42)
 VOICES = {  # who asks; the test's variants, and two of its accents, are in no other voice
     "train": (

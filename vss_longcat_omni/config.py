@@ -84,7 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTr
     Raises:
         ValueError: a value that cannot be, or a key that does not exist.
     """
-    words = expand_config(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    words = expand_config(given)
     parser = HfArgumentParser((RunArguments, OmniTrainingArguments))  # pyright: ignore
     run, training, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True
@@ -93,8 +94,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTr
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--"):
             hint = RENAMED.get(name)
+            is_file = "--config" in given and word not in given
+            where = f"{given[given.index('--config') + 1]}: {name}" if is_file else f"--{name}"
             raise ValueError(
-                f"--{name}: no such option"
+                f"{where}: no such option"
                 + (f"; it became {hint}." if hint else ". `train_ds.py --help` lists all.")
             )
     if unknown:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from vss_longcat_omni.artifacts import resolve_artifact
 from vss_longcat_omni.dataset import find_samples
 from vss_longcat_omni.run_arguments import SamplingRule
 
@@ -31,11 +32,13 @@ def check_folders(options: argparse.Namespace) -> list[Sample]:
         ValueError, FileNotFoundError: one is not.
     """
     samples = find_samples(options.data_dir, options.split)[: options.count]
-    folder, adapter = options.model_name_or_path, options.adapter
+    folder = resolve_artifact(options.model_name_or_path, field="model_name_or_path")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json: not a LongCat-Flash-Omni folder.")
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter}: no adapter_config.json there; give what was saved")
+    if options.adapter is not None:
+        adapter = resolve_artifact(options.adapter, field="adapter")
+        if not (adapter / "adapter_config.json").is_file():
+            raise ValueError(f"--adapter {adapter}: no adapter_config.json; give what was saved")
     if not options.codec.is_dir():
         raise FileNotFoundError(
             f"--codec {options.codec}: no such folder; give that of the training (cache/codec "
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         device=device,
         system_prompt=options.system_prompt,
         frame_sampling=options.frame_sampling,
+        use_audio_track=options.use_audio_track,
         max_vision_tokens=options.max_vision_tokens,
         max_rows=options.max_rows,
         has_text=options.transcripts == "file",
@@ -80,8 +84,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, help="what train_ds.py saved")
+    parser.add_argument("--model_name_or_path", required=True, help="a folder or a hub id")
+    parser.add_argument("--adapter", help="what train_ds.py saved; a folder or a hub id")
     parser.add_argument("--codec", type=Path, default=Path("cache/codec"))
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--split", default="test")
@@ -98,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--frame_sampling", choices=get_args(SamplingRule), default="multimodal_interleaved"
     )
+    parser.add_argument("--use_audio_track", action="store_true", help="as in the training")
     parser.add_argument("--max_vision_tokens", type=int, default=28672)
     parser.add_argument("--max_rows", type=int, default=500)
     parser.add_argument(

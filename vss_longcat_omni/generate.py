@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from vss_longcat_omni.answer import read_answer
+from vss_longcat_omni.artifacts import resolve_artifact
 from vss_longcat_omni.codec import open_codec
 from vss_longcat_omni.dataset import find_samples
 from vss_longcat_omni.decoding import DecodingOptions, generate_rows
@@ -80,34 +81,41 @@ class Answerer:
 
 
 def load_answerer(
-    folder: Path,
+    model_name_or_path: str,
     *,
     codec_folder: Path,
-    adapter: Path | None = None,
+    adapter: str | None = None,
     device: str = "cpu",
     system_prompt: str = "",
     frame_sampling: Any = "multimodal_interleaved",
+    use_audio_track: bool = False,
     max_vision_tokens: int = 28672,
     max_rows: int = 500,
     has_text: bool = True,
 ) -> Answerer:
-    """Raises ValueError for a folder that is not whole."""
+    """A model and an adapter by their folders or hub ids.
+
+    Raises ValueError or FileNotFoundError for one that is not there or not whole.
+    """
+    folder = resolve_artifact(model_name_or_path, field="model_name_or_path")
+    adapter_folder = adapter and resolve_artifact(adapter, field="adapter")
     config = load_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = read_special_tokens(tokenizer)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model: Any = LongcatOmniForCausalLM(config, tokens=tokens).to(dtype)
     load_weights(model, CheckpointReader(folder), show_progress=False)
-    if adapter is not None:
-        beside = adapter / TRAINED_MODULES
+    if adapter_folder:
+        beside = adapter_folder / TRAINED_MODULES
         if beside.is_file():
             model.load_state_dict(load_file(beside), strict=False)
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # pyright: ignore
+        model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()  # pyright: ignore
     vision = (config.vision_config or {}) | {"max_vision_length": max_vision_tokens}
     settings = Settings(
         pixels=PixelConfig.from_dict(vision, source=f"{folder}/vision/config.json"),
         model_folder=folder,
         frame_sampling=frame_sampling,
+        use_audio_track=use_audio_track,
     )
     codec = open_codec(str(codec_folder), device=device)
     options = DecodingOptions(max_rows=max_rows, num_codes=codec.book_sizes, has_text=has_text)
@@ -116,8 +124,8 @@ def load_answerer(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, help="what train_ds.py saved")
+    parser.add_argument("--model_name_or_path", required=True, help="a folder or a hub id")
+    parser.add_argument("--adapter", help="what train_ds.py saved; a folder or a hub id")
     parser.add_argument("--codec", type=Path, default=Path("cache/codec"))
     parser.add_argument("--video", type=Path)
     parser.add_argument("--audio", type=Path)
@@ -126,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a wav, or a folder for many")
     parser.add_argument("--system_prompt", default="")
     parser.add_argument("--transcripts", choices=("file", "none"), default="file")
+    parser.add_argument("--use_audio_track", action="store_true", help="as in the training")
     parser.add_argument("--max_rows", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
@@ -137,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         adapter=options.adapter,
         device=options.device,
         system_prompt=options.system_prompt,
+        use_audio_track=options.use_audio_track,
         max_rows=options.max_rows,
         has_text=options.transcripts == "file",
     )

@@ -98,7 +98,10 @@ def hear(options: argparse.Namespace) -> None:
 
 
 def summarize(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the questions; `target_heard`: of the codec's round trip of the true answers."""
+    """Shares of the questions; `target_heard`: of the codec's round trip of the true answers.
+
+    `heard_as_said`: the wav is heard as the text beside it, whether that is right or not.
+    """
     expected = [answer["expected"] for answer in answers]
     kinds = [*CONDITIONS, "heard", "target_heard"]
     shares = {
@@ -107,6 +110,7 @@ def summarize(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
     most = max(expected.count(one) for one in set(expected))
     found = {f"{kind}_right": count / len(answers) for kind, count in shares.items()}
+    found["heard_as_said"] = sum(a["heard"] == a["said"] for a in answers) / len(answers)
     return {"questions": len(answers), **found, "most_frequent_answer": most / len(answers)}
 
 
@@ -123,8 +127,8 @@ def read_expected(sample: Sample) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", choices=("ask", "hear"))
-    parser.add_argument("--model_name_or_path", type=Path)
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--model_name_or_path", help="a folder or a hub id")
+    parser.add_argument("--adapter", help="likewise")
     parser.add_argument("--codec", type=Path, default=Path("cache/codec"))
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--split", default="test")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vss_longcat_omni.fbank import Fbank
 from vss_longcat_omni.frame_sampling import sample_frames
-from vss_longcat_omni.media import load_audio, probe_video, read_frames
+from vss_longcat_omni.media import load_audio, load_audio_track, probe_video, read_frames
 from vss_longcat_omni.pixels import PixelConfig, resize_frames
 
 if TYPE_CHECKING:
@@ -53,13 +53,14 @@ class Settings:
     pixels: PixelConfig
     model_folder: Path  # its audio/ tells how sound becomes features
     frame_sampling: SamplingRule
+    use_audio_track: bool = False  # the video's own sound before the question
 
     def fingerprint(self) -> str:
         fbank = load_fbank(self.model_folder)
         hearing = [fbank.config.to_dict()]
         if fbank.cmvn is not None:
             hearing += [fbank.cmvn.mean.tolist(), fbank.cmvn.scale.tolist()]
-        facts = [FORMAT, asdict(self.pixels), hearing, self.frame_sampling]
+        facts = [FORMAT, asdict(self.pixels), hearing, self.frame_sampling, self.use_audio_track]
         return _digest(json.dumps(facts))
 
 
@@ -167,7 +168,10 @@ def look_and_listen(video: Path, audio: Path, settings: Settings) -> Seen:
     chosen = sample_frames(info.num_frames, info.fps, rule=settings.frame_sampling)
     frames = resize_frames(read_frames(video, chosen.frame_indices), settings.pixels)
     with naming(audio):
-        features = load_fbank(settings.model_folder)(load_audio(audio))
+        sound = load_audio(audio)
+        if settings.use_audio_track and info.has_audio:
+            sound = torch.cat([load_audio_track(video), sound])
+        features = load_fbank(settings.model_folder)(sound)
     return Seen(frames, chosen.timestamps, chosen.strategy, features)
 
 

@@ -42,6 +42,7 @@ class RunArguments:
         train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
             holds them.
         frame_sampling: which frames of a video are seen (frame_sampling.py).
+        use_audio_track: a video's own sound, where it has one, is heard before the question.
         max_vision_tokens: of one sample, after pooling.
         max_tokens: of one micro-batch when packing.
         packing: fill micro-batches up to max_tokens; else per_device_train_batch_size samples of
@@ -65,6 +66,7 @@ class RunArguments:
     train_projectors: bool = False
     train_audio_heads: bool = False
     frame_sampling: str = "multimodal_interleaved"
+    use_audio_track: bool = False
     max_vision_tokens: int = 28672
     max_tokens: int = 8192
     packing: bool = True

@@ -121,6 +121,7 @@ def build_datasets(
         pixels=pixels,
         model_folder=folder,
         frame_sampling=run.frame_sampling,  # pyright: ignore[reportArgumentType]
+        use_audio_track=run.use_audio_track,
     )
     codec = open_codec(str(find_codec(run, samples["training"])), device=training.device)
     largest = max(codec.book_sizes) + tokens.codec.offset

@@ -75,7 +75,8 @@ def test_older_names_are_told_the_newer_ones(tmp_path: Path) -> None:
         parse("--warmup_ratio", "0.03")
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"evaluation_strategy": "epoch"}))
-    with pytest.raises(ValueError, match="it became eval_strategy"):
+    told = r"run\.json: evaluation_strategy: no such option; it became eval_strategy"
+    with pytest.raises(ValueError, match=told):
         parse("--config", str(path))
     with pytest.raises(ValueError, match="no such option"):
         parse("--lora_rank", "8")

@@ -41,7 +41,7 @@ def codec(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def answerer(ground: Ground, codec: Path) -> Answerer:
-    return load_answerer(ground.model, codec_folder=codec, max_rows=MAX_ROWS)
+    return load_answerer(str(ground.model), codec_folder=codec, max_rows=MAX_ROWS)
 
 
 @pytest.fixture
@@ -183,8 +183,10 @@ def test_mistakes_are_told_before_weights_are_read(
     monkeypatch.setattr(generate, "load_answerer", refuse)
     absent = tmp_path / "absent"
     for changes, message in (
-        ({"model_name_or_path": absent}, "absent: no config.json"),
-        ({"adapter": absent}, "--adapter .*absent: no adapter_config.json"),
+        ({"model_name_or_path": absent}, "model_name_or_path=.*absent: no such file or folder"),
+        ({"model_name_or_path": tmp_path}, "no config.json: not a LongCat-Flash-Omni folder"),
+        ({"adapter": absent}, "adapter=.*absent: no such file or folder"),
+        ({"adapter": tmp_path}, "--adapter .*: no adapter_config.json"),
         ({"codec": absent}, "--codec .*absent: no such folder"),
         ({"data_dir": absent}, "No valid samples found"),
         ({"asr": "siri"}, "--asr siri: give whisper:"),

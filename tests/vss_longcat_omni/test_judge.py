@@ -46,6 +46,7 @@ def test_shares_of_right_answers() -> None:
         "said_without_question_right": 0.25,
         "heard_right": 0.25,
         "target_heard_right": 1.0,
+        "heard_as_said": 0.25,
         "most_frequent_answer": 0.5,
     }
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from tests.vss_longcat_omni.media_samples import make_video
 from vss_longcat_omni import prepare as preparing
 from vss_longcat_omni.codec import open_codec
 from vss_longcat_omni.dataset import find_samples
-from vss_longcat_omni.media import load_audio, save_audio
+from vss_longcat_omni.media import load_audio, load_audio_track, save_audio
 from vss_longcat_omni.mel_codec import fit_codec
 from vss_longcat_omni.model.loading import load_config
 from vss_longcat_omni.pixels import PixelConfig
@@ -102,6 +104,23 @@ def test_other_settings_make_other_files(
     found, wanted = run(data, plain, codec)[0], run(data, settings, codec)[0]
     assert found.path != wanted.path
     assert found.timestamps != wanted.timestamps
+
+
+def test_a_video_is_heard_before_the_question_where_that_is_asked(
+    data: Path, settings: Settings, codec: SpeechCodec
+) -> None:
+    """Of three videos the first has a sound of its own, a second long."""
+    sound = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
+    make_video(data / "01" / "input.mp4", sound=sound.numpy(), sound_rate=16000)
+    quiet = run(data, settings, codec)
+    loud = run(data, replace(settings, use_audio_track=True), codec)
+    more = [b.num_audio_tokens - a.num_audio_tokens for a, b in zip(quiet, loud, strict=True)]
+    assert more[0] in (12, 13, 14)  # 80 ms each, and the codec of the mp4 pads
+    assert more[1:] == [0, 0]
+    sample = loud[0].sample
+    heard = torch.cat([load_audio_track(sample.video), load_audio(sample.input_audio)])
+    fbank = preparing.load_fbank(settings.model_folder)
+    assert torch.equal(loud[0].load_features(), fbank(heard))
 
 
 def test_a_file_that_was_cut_off_is_made_again(

@@ -99,7 +99,7 @@ def test_a_model_trained_whole_learns_its_samples_and_answers(
     told = [entry for entry in state["log_history"] if "eval_loss" in entry]
     assert {"eval_text_loss", "eval_audio_loss", "eval_text_accuracy"} <= set(told[-1])
     codec = ground.cache / "codec"
-    answerer = load_answerer(tmp_path / "out", codec_folder=codec, max_rows=40)
+    answerer = load_answerer(str(tmp_path / "out"), codec_folder=codec, max_rows=40)
     sample = ground.data / "training" / "01"
     answer = answerer.answer(sample / "input.mp4", sample / "input.wav")
     assert answer.text.startswith("it ")  # as all answers do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,7 @@ def translate_targets(targets: Sequence[str]) -> tuple[str, ...]:
     translated = {name: TRANSLATIONS.get(name, (name,)) for name in targets}
     for name, instead in translated.items():
         if name in TRANSLATIONS:
-            logger.warning(
-                "lora_target_modules: LongCat-Flash has no %s; %s are trained instead.",
-                name,
-                " and ".join(instead),
-            )
+            notice_translation(name, " and ".join(instead))
     wanted = {found for instead in translated.values() for found in instead}
     unknown = sorted(wanted - set(LORA_TARGETS))
     if unknown or not wanted:
@@ -43,3 +40,10 @@ def translate_targets(targets: Sequence[str]) -> tuple[str, ...]:
             f"{', '.join(LORA_TARGETS)} (or {', '.join(TRANSLATIONS)}, which are translated)."
         )
     return tuple(name for name in LORA_TARGETS if name in wanted)
+
+
+@functools.cache  # the options are read twice
+def notice_translation(name: str, instead: str) -> None:
+    logger.warning(
+        "lora_target_modules: LongCat-Flash has no %s; %s are trained instead.", name, instead
+    )
