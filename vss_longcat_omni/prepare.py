@@ -272,17 +272,18 @@ def _prepare_seen(
 def _prepare_said(
     samples: Sequence[Sample], paths: dict[str, tuple[Path, Path]], codec: SpeechCodec
 ) -> dict[str, str]:
-    """The same for answers."""
+    """The same for answers; one recording that answers several samples is encoded once."""
+    said = {sample.name: paths[sample.name][1] for sample in samples}
+    todo = {said[s.name]: s.output_audio for s in samples if not _is_whole(said[s.name])}
     problems = {}
-    todo = [sample for sample in samples if not _is_whole(paths[sample.name][1])]
-    for sample in tqdm(todo, desc="answers", disable=not todo):
+    for path, recording in tqdm(todo.items(), desc="answers", disable=not todo):
         try:
-            with naming(sample.output_audio):
-                codes = codec.encode(load_audio(sample.output_audio))
-            _save({"codes": codes.to(torch.int32)}, paths[sample.name][1], {})
+            with naming(recording):
+                codes = codec.encode(load_audio(recording))
+            _save({"codes": codes.to(torch.int32)}, path, {})
         except (ValueError, OSError) as error:
-            problems[sample.name] = str(error)
-    return problems
+            problems[path] = str(error)
+    return {name: problems[path] for name, path in said.items() if path in problems}
 
 
 def _one_thread() -> None:

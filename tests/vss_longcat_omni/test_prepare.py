@@ -97,6 +97,21 @@ def test_what_changed_is_made_again(data: Path, settings: Settings, codec: Speec
     assert len(times(data).keys() - before.keys()) == 1
 
 
+def test_a_recording_that_answers_two_samples_is_encoded_once(
+    data: Path, settings: Settings, codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(data / "01" / "output.wav", data / "03" / "output.wav")
+    encode, encoded = codec.encode, []
+    monkeypatch.setattr(codec, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    first, second, third = run(data, settings, codec)
+    assert len(encoded) == 2
+    assert torch.equal(first.codes, third.codes)
+    assert not torch.equal(first.codes, second.codes)
+    for name in ("01", "03"):
+        (data / name / "output.wav").write_bytes(b"no speech")
+    assert [p.sample.name for p in run(data, settings, codec)] == ["02"]
+
+
 def test_other_settings_make_other_files(
     data: Path, settings: Settings, codec: SpeechCodec
 ) -> None:
