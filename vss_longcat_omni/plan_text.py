@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 FULL = 0.85  # of a GPU's memory
 DOCUMENT_RAM = 512 * GIB  # of the source document's machine
 ESTIMATES = (
-    "GB are 10^9 bytes. Nothing was downloaded or loaded. All memory and times are estimates, none "
-    "was measured on a GPU; what rates and rules they rest on is said beside them."
+    "GB are 10^9 bytes. Nothing was downloaded or loaded. All memory and times are estimates; on "
+    "two H200 the peaks of 3 and 4 layers were 1.6 % and 1.4 % above theirs (README). What rates "
+    "and rules they rest on is said beside them."
 )
 
 

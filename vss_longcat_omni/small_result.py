@@ -1,6 +1,6 @@
 """A small LongCat-Flash-Omni from nothing on one GPU: does it answer what it is asked?
 
-    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 5]
+    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 6]
 
 (from the repository's root). Made samples: a shape moves, a voice asks for its colour, its shape or
 its direction, another voice answers; so both senses are needed. A model of 164M parameters, eyes
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vss_longcat_omni.trial import ROOT, has_gpu, make_samples, num_cores, run, say
 
-NUM_SAMPLES, NUM_HELD_OUT = 6000, 240
+NUM_SAMPLES, NUM_HELD_OUT = 18000, 240
 TRIAL_STEPS = 40  # how fast a step is, before the number of steps is chosen
 FILL = 0.97  # of a pack
 MAX_ROWS = 60  # of an answer, 60 ms each
@@ -30,7 +30,7 @@ MAX_WORKERS = 10  # that ask, each with a model on the GPU
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "small_omni")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
     parser.add_argument("--size", default="small", help="of make_model.py")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
