@@ -22,6 +22,7 @@ from vss_longcat_omni.media import load_audio
 from vss_longcat_omni.model.config import LongcatOmniConfig
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 from vss_longcat_omni.model.saving import save_config, save_weights
+from vss_longcat_omni.prepare import ContentDigests, with_transcript
 from vss_longcat_omni.special_tokens import build_byte_tokenizer
 
 MAX_STATISTICS_SAMPLES = 500
@@ -98,9 +99,16 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(out: Path, *, size: str, data_dir: Path, seed: int = 0) -> LongcatOmniForCausalLM:
-    """Writes the folder and returns the model; what `out` held of a model is replaced."""
+def make_model(
+    out: Path, *, size: str, data_dir: Path, cache_dir: Path = Path("cache"), seed: int = 0
+) -> LongcatOmniForCausalLM:
+    """Writes the folder and returns the model; what `out` held of a model is replaced.
+
+    `cache_dir` may hold transcripts of transcribe.py, for samples without their own.
+    """
+    digests = ContentDigests(cache_dir / "digests.json")
     samples = find_samples(data_dir)[:MAX_STATISTICS_SAMPLES]
+    samples = [with_transcript(sample, digests, cache_dir) for sample in samples]
     texts = [read_transcript(s.transcript) for s in samples if s.transcript is not None]
     tokenizer = build_byte_tokenizer(texts, vocab_size=VOCAB_SIZE)
     torch.manual_seed(seed)
@@ -120,7 +128,7 @@ def make_model(out: Path, *, size: str, data_dir: Path, seed: int = 0) -> Longca
 
 def init_std(sizes: dict[str, Any]) -> float:
     """The released config's, for products as large as there: with its 0.02 itself a model a tenth
-    as wide learns to speak and to see, and takes many times longer to listen."""
+    as wide learns to speak and to see, and begins to listen hundreds of steps later."""
     released = LongcatOmniConfig()
     return released.initializer_range * (released.hidden_size / sizes["hidden_size"]) ** 0.5
 
@@ -139,13 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="make a small model with random weights")
     parser.add_argument("out", type=Path)
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--cache_dir", type=Path, default=Path("cache"), help="of transcribe.py")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
-        model = make_model(
-            options.out, size=options.size, data_dir=options.data_dir, seed=options.seed
-        )
+        model = make_model(**vars(options))
     except ValueError as error:
         sys.exit(f"error: {error}")
     num_params = sum(param.numel() for param in model.parameters())

@@ -1,6 +1,6 @@
 """A small LongCat-Flash-Omni from nothing on one GPU: does it answer what it is asked?
 
-    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 6]
+    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 5]
 
 (from the repository's root). Made samples: a shape moves, a voice asks for its colour, its shape or
 its direction, another voice answers; so both senses are needed. A model of 164M parameters, eyes
@@ -30,7 +30,7 @@ MAX_WORKERS = 10  # that ask, each with a model on the GPU
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "small_omni")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training")
     parser.add_argument("--size", default="small", help="of make_model.py")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
