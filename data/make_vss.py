@@ -166,9 +166,12 @@ def talk_of(seed: int, index: int, *, split: str) -> Talk:
     value = VALUES[kind][index // len(QUESTIONS) % len(VALUES[kind])]
     combinations = list_combinations(SPLITS[split])
     chosen = rng.choice([each for each in combinations if getattr(each, kind) == value])
-    scene = scene_of(seed, index, split=SPLITS[split])
-    size = {"radius": rng.uniform(*RADII), "travel": rng.uniform(*TRAVELS)}
-    scene = replace(scene, **chosen._asdict(), **size)
+    scene = replace(
+        scene_of(seed, index, split=SPLITS[split]),
+        **chosen._asdict(),
+        radius=rng.uniform(*RADII),
+        travel=rng.uniform(*TRAVELS),
+    )
     return Talk(
         scene=scene,
         kind=kind,

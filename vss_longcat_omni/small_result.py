@@ -25,6 +25,8 @@ TRIAL_STEPS = 40  # how fast a step is, before the number of steps is chosen
 FILL = 0.97  # of a pack
 MAX_ROWS = 60  # of an answer, 60 ms each
 MAX_WORKERS = 10  # that ask, each with a model on the GPU
+# Compiling chains of so small operations takes longer than it saves.
+ENV = {"TORCH_COMPILE_DISABLE": "1"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--held-out", type=int, default=NUM_HELD_OUT)
     options = parser.parse_args(argv)
-    out = options.out.absolute()
+    out = options.out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     make_samples(out / "data", num_training=options.samples, num_test=options.held_out)
     model = out / "model"
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     workers = min(MAX_WORKERS, num_cores()) if has_gpu() else 1
     judge = ("python", "-m", "vss_longcat_omni.judge")
     run("questions by voices it never heard", *judge, "ask", *report, "--model_name_or_path",
-        out / "trained", "--max_rows", str(MAX_ROWS), "--workers", str(workers))  # fmt: skip
+        out / "trained", "--max_rows", str(MAX_ROWS), "--workers", str(workers),
+        env=ENV)  # fmt: skip
     if importlib.util.find_spec("pocketsphinx") is None:
         say("pocketsphinx is not installed, so nobody has listened: `judge hear` is still to do\n")
         return 0
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
     """The whole model for so many steps, by train_ds.py; what it wrote on stdout."""
-    out = options.out.absolute()
+    out = options.out
     return run(
         f"{steps} steps of training",
         "python", "train_ds.py", "--deepspeed", "", "--tuning", "full",
@@ -79,8 +82,7 @@ def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
         "--report_to", "none", "--dataloader_num_workers", str(max(1, num_cores() - 2)),
         "--disable_tqdm", "true",
         *([] if has_gpu() else ["--use_cpu", "--bf16", "false"]),
-        # Compiling chains of so small operations takes longer than it saves.
-        env={"TORCH_COMPILE_DISABLE": "1"},
+        env=ENV,
     )  # fmt: skip
 
 

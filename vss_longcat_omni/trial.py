@@ -25,7 +25,7 @@ def run(
 
     Raises SystemExit where it fails.
     """
-    say(f"\n== {title}\n$ {' '.join(map(shown, words))}\n")
+    say(f"\n== {title}\n$ {' '.join(shown(word, cwd) for word in words)}\n")
     started = time.monotonic()
     command = [str(word) for word in words]
     if command[0] in ("python", "deepspeed"):
@@ -49,10 +49,10 @@ def run(
     return "".join(lines)
 
 
-def shown(word: str | Path) -> str:
-    """Paths below the repository relative to the folder, as a reader would type them."""
+def shown(word: str | Path, cwd: Path) -> str:
+    """Paths below the repository relative to `cwd`, as a reader would type them there."""
     is_ours = isinstance(word, Path) and word.is_relative_to(ROOT)
-    return shlex.quote(os.path.relpath(word, FOLDER) if is_ours else str(word))
+    return shlex.quote(os.path.relpath(word, cwd) if is_ours else str(word))
 
 
 def make_samples(data_dir: Path, *, num_training: int, num_test: int) -> None:
