@@ -27,13 +27,14 @@ from vss_longcat_omni.special_tokens import build_byte_tokenizer
 
 MAX_STATISTICS_SAMPLES = 500
 VOCAB_SIZE = 1024  # at most: an answer has one row every 60 ms, too few for a letter each
-PIXELS = {  # small pictures: 4 x 4 patches of 14 pixels and more
+EYES = {  # few layers, and small pictures: 4 x 4 patches of 14 pixels and more
     "resize_factor": 2,
     "min_tokens": 16,
     "max_tokens": 64,
     "max_tokens_video_vit": 4096,
     "min_tokens_video": 4,
     "max_tokens_video": 2048,
+    "initializer_factor": 1.0,  # a tenth, the released one, is for 32 layers
 }
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -56,7 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 2,
             "intermediate_size": 64,
             "adaptor_dim": 64,
-            **PIXELS,
+            **EYES,
         },
         "audio_config": {
             "hidden_size": 64,
@@ -86,7 +87,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4,
             "intermediate_size": 1024,
             "adaptor_dim": 768,
-            **PIXELS,
+            **EYES,
         },
         "audio_config": {
             "hidden_size": 1024,

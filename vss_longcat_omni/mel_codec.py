@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import math
 import random
@@ -29,7 +30,6 @@ from vss_longcat_omni.embedded_codec import (
     MelCodec,
     check_is_new,
     compute_frames,
-    digest_tensors,
 )
 from vss_longcat_omni.kmeans import assign, fit_kmeans
 from vss_longcat_omni.media import AUDIO_SUFFIXES, load_audio, save_audio
@@ -147,21 +147,21 @@ def _read_frames(paths: Sequence[Path], *, max_hours: float, seed: int) -> Tenso
         ValueError: no recording can be read.
     """
     budget = max_hours * 3600 * SAMPLE_RATE / FRAME_SAMPLES
-    clips: dict[str, Tensor] = {}
+    clips: dict[str, Tensor] = {}  # by the content of their files
     problems = []
     order = random.Random(seed).sample(list(paths), len(paths))
     with tqdm(order, desc="log-mel frames", unit="clip") as bar, logging_redirect_tqdm():
         for path in bar:
             try:
-                waveform = load_audio(path)
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                if digest in clips:
+                    continue
+                clips[digest] = compute_frames(load_audio(path))
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 logger.warning("left out: %s", error)
                 continue
-            digest = digest_tensors([waveform])
-            if digest not in clips:
-                clips[digest] = compute_frames(waveform)
-                budget -= len(clips[digest])
+            budget -= len(clips[digest])
             if budget <= 0:
                 logger.info("took %d of %d clips (max_hours %g)", bar.n + 1, len(order), max_hours)
                 break

@@ -1,10 +1,10 @@
 """A small LongCat-Flash-Omni from nothing on one GPU: does it answer what it is asked?
 
-    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--minutes 5]
+    python -m vss_longcat_omni.small_result [--out runs/small_omni] [--steps 1150]
 
 (from the repository's root). Made samples: a shape moves, a voice asks for its colour, its shape or
 its direction, another voice answers; so both senses are needed. A model of 164M parameters, eyes
-and ears among them, is trained whole for about --minutes; then held-out samples are asked, with
+and ears among them, is trained whole for --steps; then held-out samples are asked, with
 combinations and voices that it never met, and again with the video blanked and the question
 silenced. In OUT are then the samples, the model, report/answers.jsonl and report/*.wav, and, where
 PocketSphinx is installed, report/summary.json. What is there already is not made again.
@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
 from vss_longcat_omni.trial import ROOT, has_gpu, make_samples, num_cores, run, say
 
-NUM_SAMPLES, NUM_HELD_OUT = 18000, 240
-TRIAL_STEPS = 40  # how fast a step is, before the number of steps is chosen
-FILL = 0.97  # of a pack
+# Of fewer samples, or in smaller steps, the shapes are learned by heart.
+NUM_SAMPLES, NUM_HELD_OUT, NUM_STEPS, MAX_TOKENS = 32000, 240, 1150, 16384
 MAX_ROWS = 60  # of an answer, 60 ms each
 MAX_WORKERS = 10  # that ask, each with a model on the GPU
 # Compiling chains of so small operations takes longer than it saves.
@@ -32,9 +30,9 @@ ENV = {"TORCH_COMPILE_DISABLE": "1"}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "small_omni")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--size", default="small", help="of make_model.py")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of a step")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--held-out", type=int, default=NUM_HELD_OUT)
@@ -47,9 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         run("a model with random weights", "python", "-m", "vss_longcat_omni.make_model", model,
             "--data_dir", out / "data", "--size", options.size)  # fmt: skip
     if not (out / "trained" / "config.json").is_file():
-        log = train(options, "trial", steps=TRIAL_STEPS)
-        steps = options.minutes * 60 * tokens_per_sec(log) / (FILL * options.max_tokens)
-        train(options, "trained", steps=max(1, int(steps)))
+        train(options)
     report = ("--data_dir", out / "data", "--codec", out / "cache" / "codec")
     report += ("--out", out / "report")
     workers = min(MAX_WORKERS, num_cores()) if has_gpu() else 1
@@ -64,15 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
-    """The whole model for so many steps, by train_ds.py; what it wrote on stdout."""
+def train(options: argparse.Namespace) -> None:
+    """The whole model, by train_ds.py."""
     out = options.out
-    return run(
-        f"{steps} steps of training",
+    run(
+        f"{options.steps} steps of training",
         "python", "train_ds.py", "--deepspeed", "", "--tuning", "full",
         "--model_name_or_path", out / "model", "--data_dir", out / "data",
-        "--cache_dir", out / "cache", "--output_dir", out / name,
-        "--max_steps", str(steps), "--warmup_steps", "0.05",
+        "--cache_dir", out / "cache", "--output_dir", out / "trained",
+        "--max_steps", str(options.steps), "--warmup_steps", "0.05",
         "--learning_rate", str(options.learning_rate),
         # The gradients of the ears grow a hundredfold when it begins to listen: 0.999 would
         # go on dividing by what they were before, and such steps undo what was learned.
@@ -84,11 +80,6 @@ def train(options: argparse.Namespace, name: str, *, steps: int) -> str:
         *([] if has_gpu() else ["--use_cpu", "--bf16", "false"]),
         env=ENV,
     )  # fmt: skip
-
-
-def tokens_per_sec(log: str) -> float:
-    """The last rate that was logged: the first ones count what is compiled."""
-    return float(re.findall(r"'tokens_per_sec': '?([\d.e+]+)", log)[-1])
 
 
 if __name__ == "__main__":

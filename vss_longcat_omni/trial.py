@@ -20,33 +20,22 @@ FOLDER = ROOT / "vss_longcat_omni"
 
 def run(
     title: str, *words: str | Path, cwd: Path = FOLDER, env: Mapping[str, str] | None = None
-) -> str:
-    """Runs a command, with `env` beside the user's variables; what it wrote on stdout.
-
-    Raises SystemExit where it fails.
-    """
+) -> None:
+    """Runs a command, with `env` beside the user's variables; SystemExit where it fails."""
     say(f"\n== {title}\n$ {' '.join(shown(word, cwd) for word in words)}\n")
     started = time.monotonic()
     command = [str(word) for word in words]
     if command[0] in ("python", "deepspeed"):
         command[0] = str(Path(sys.executable).parent / command[0])
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
+    status = subprocess.call(
         command,
         cwd=cwd,
         env={**os.environ, **(env or {}), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
     )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        say(line)
-        lines.append(line)
-    if process.wait():
-        raise SystemExit(f"{title}: failed with exit status {process.returncode}")
+    if status:
+        raise SystemExit(f"{title}: failed with exit status {status}")
     say(f"({time.monotonic() - started:.0f} s)\n")
-    return "".join(lines)
 
 
 def shown(word: str | Path, cwd: Path) -> str:
