@@ -15,11 +15,19 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import get_token
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from vss_longcat_omni.run_arguments import RunArguments, expand_config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +59,7 @@ class OmniTrainingArguments(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 3
     dataloader_num_workers: int = 2
-    # Its own order: HfArgumentParser takes the last but one for the kind of value.
-    report_to: None | str | list[str] = None  # noqa: RUF036 - None: `default_trackers`
+    report_to: list[str] | None = None  # pyright: ignore - several; None: `default_trackers`
     remove_unused_columns: bool = False  # the collator takes samples, not columns
     logging_nan_inf_filter: bool = False  # a loss that is no number stops the run
     hub_strategy: str = "end"  # the adapter, once
@@ -76,6 +83,21 @@ class OmniTrainingArguments(TrainingArguments):
 def default_trackers() -> list[str]:
     """TensorBoard, and W&B where its key is set."""
     return ["tensorboard"] + ["wandb"] * bool(os.environ.get("WANDB_API_KEY"))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for one that does not exist or is not installed: Trainer would, after the
+    model is loaded."""
+    try:
+        get_reporting_integration_callbacks(list(names))
+    except ValueError as error:
+        raise ValueError(f"report_to: {error}") from error
+    for name in {"tensorboard", "wandb", "trackio"}.intersection(names):
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"report_to: {name} is not installed. `pip install {name}`, or choose others by "
+                "--report_to (tensorboard, wandb, trackio, none)."
+            )
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTrainingArguments]:
@@ -102,6 +124,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTr
             )
     if unknown:
         raise ValueError(f"{unknown[0]!r}: options begin with --.")
+    check_trackers(training.report_to or [])
     if os.environ.get("HF_HUB_ENABLE_HF_TRANSFER"):
         logger.warning(
             "HF_HUB_ENABLE_HF_TRANSFER has no effect any more: set HF_XET_HIGH_PERFORMANCE=1."

@@ -59,6 +59,8 @@ def train(words: Sequence[str], converse: Callable[..., list[Turn]]) -> None:
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
     set_seed(training.seed)
     notice_optimizer_offload()
+    if training.deepspeed and training.should_log:
+        notice_locks()
     check_fits(run, training)  # the released model: before 1.1 TB are downloaded
     folder = resolve_artifact(run.model_name_or_path, field="model_name_or_path")
     config = load_config(folder)
@@ -95,6 +97,7 @@ def train(words: Sequence[str], converse: Callable[..., list[Turn]]) -> None:
 def stop_early(number: int, _: Any) -> None:
     """Until the Trainer takes the signal over there is nothing to save but the cache, which stays.
     Without an error: run_deepspeed.sh then queues the job again."""
+    signal.signal(number, signal.SIG_IGN)  # one that comes once more would break the ending
     logger.warning("signal %d before the training began: nothing to save; stopping", number)
     raise SystemExit(0)
 
@@ -152,6 +155,19 @@ def notice_optimizer_offload() -> None:
         logger.warning(
             "offload_optimizer is honoured, but for LoRA it saves 2.5 GB in all and slows each "
             "step: better left out of the DeepSpeed config."
+        )
+
+
+def notice_locks() -> None:
+    """A process that was killed while it built an operator leaves its lock, for which the next one
+    waits without a word."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    for lock in folder.glob("**/lock"):
+        logger.warning(
+            "%s: an operator of DeepSpeed is being built, and this run waits for it. If no process "
+            "builds it, one was killed there: remove the file.",
+            lock,
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vss_longcat_omni.config import parse_arguments
+from vss_longcat_omni.training import notice_locks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from vss_longcat_omni.config import OmniTrainingArguments
 
 VARIABLES = ("PUSH_TO_HUB", "HF_USER", "HF_TOKEN", "WANDB_API_KEY", "HF_HUB_ENABLE_HF_TRANSFER")
+MODULE = "vss_longcat_omni.config"
+TRACKERS = ["tensorboard", "wandb", "trackio"]
 WORDS = ("--deepspeed", "", "--bf16", "false", "--use_cpu", "true")
 
 
@@ -55,11 +58,31 @@ def test_the_environment_asks_for_uploads_and_trackers(monkeypatch: pytest.Monke
     monkeypatch.setattr("vss_longcat_omni.config.get_token", lambda: "hf_x")
     monkeypatch.setenv("HF_USER", "me")
     monkeypatch.setenv("WANDB_API_KEY", "key")
+    monkeypatch.setattr(f"{MODULE}.get_available_reporting_integrations", lambda: TRACKERS)
     training = parse("--output_dir", "runs/mine")
     assert (training.push_to_hub, training.hub_model_id) == (True, "me/mine")
     assert training.report_to == ["tensorboard", "wandb"]
     monkeypatch.setenv("PUSH_TO_HUB", "false")
     assert not parse().push_to_hub
+
+
+def test_several_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(f"{MODULE}.get_available_reporting_integrations", lambda: TRACKERS)
+    assert parse("--report_to", "wandb", "trackio").report_to == ["wandb", "trackio"]
+    assert parse("--report_to", "none").report_to == []
+    path = tmp_path / "run.json"
+    path.write_text('{"report_to": ["tensorboard", "wandb"]}')
+    assert parse("--config", str(path)).report_to == ["tensorboard", "wandb"]
+
+
+def test_a_tracker_that_cannot_be_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match=r"report_to: tensorbord is not supported, only .*wandb"):
+        parse("--report_to", "tensorbord")
+    monkeypatch.setattr(f"{MODULE}.get_available_reporting_integrations", list)
+    with pytest.raises(ValueError, match=r"report_to: trackio is not installed\. `pip install"):
+        parse("--report_to", "trackio")
 
 
 def test_a_variable_without_effect_is_told(
@@ -68,6 +91,19 @@ def test_a_variable_without_effect_is_told(
     monkeypatch.setenv("HF_HUB_ENABLE_HF_TRANSFER", "1")
     parse()
     assert "set HF_XET_HIGH_PERFORMANCE=1" in caplog.text
+
+
+def test_a_lock_that_a_killed_build_left_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    notice_locks()
+    assert not caplog.text
+    lock = tmp_path / "py311_cu130" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    notice_locks()
+    assert f"{lock}: an operator of DeepSpeed is being built" in caplog.text
 
 
 def test_older_names_are_told_the_newer_ones(tmp_path: Path) -> None:
