@@ -32,7 +32,7 @@ TB = 1024 * GIB
 def training_arguments(tmp_path: Path, deepspeed: Any = None, **changes: Any):
     """Without the Trainer's own DeepSpeed set-up, which other tests would see."""
     training = OmniTrainingArguments(
-        output_dir=str(tmp_path), deepspeed="", use_cpu=True, report_to="none", **changes
+        output_dir=str(tmp_path), deepspeed="", use_cpu=True, report_to=["none"], **changes
     )
     training.deepspeed = deepspeed
     return training
