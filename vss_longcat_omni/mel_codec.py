@@ -153,7 +153,9 @@ def _read_frames(paths: Sequence[Path], *, max_hours: float, seed: int) -> Tenso
     with tqdm(order, desc="log-mel frames", unit="clip") as bar, logging_redirect_tqdm():
         for path in bar:
             try:
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                # Of what is missing, load_audio says so.
+                content = path.read_bytes() if path.is_file() else b""
+                digest = hashlib.sha256(content).hexdigest()
                 if digest in clips:
                     continue
                 clips[digest] = compute_frames(load_audio(path))
