@@ -58,7 +58,7 @@ def fit_codec(
 
     Args:
         book_sizes: entries of the four books; None: as the amount of speech allows.
-        max_hours: of speech to look at, drawn from all; the same recording counts once.
+        max_hours: of speech to look at, drawn from all; files of equal content count once.
 
     Raises:
         ValueError: the folder exists, too little speech, or book sizes that it does not allow.
@@ -141,7 +141,7 @@ def find_recordings(sources: Sequence[Path]) -> list[Path]:
 
 
 def _read_frames(paths: Sequence[Path], *, max_hours: float, seed: int) -> Tensor:
-    """(N, FRAME_WIDTH) of distinct recordings in a drawn order; bad ones are logged, and left out.
+    """(N, FRAME_WIDTH) of distinct files in a drawn order; bad ones are logged, and left out.
 
     Raises:
         ValueError: no recording can be read.

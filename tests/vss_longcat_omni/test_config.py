@@ -26,7 +26,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-    monkeypatch.setattr("vss_longcat_omni.config.get_token", lambda: None)
+    monkeypatch.setattr(f"{MODULE}.get_token", lambda: None)
 
 
 def parse(*words: str) -> OmniTrainingArguments:
@@ -55,7 +55,7 @@ def test_the_environment_asks_for_uploads_and_trackers(monkeypatch: pytest.Monke
     monkeypatch.setenv("PUSH_TO_HUB", "true")
     with pytest.raises(ValueError, match="PUSH_TO_HUB needs HF_TOKEN"):
         parse()
-    monkeypatch.setattr("vss_longcat_omni.config.get_token", lambda: "hf_x")
+    monkeypatch.setattr(f"{MODULE}.get_token", lambda: "hf_x")
     monkeypatch.setenv("HF_USER", "me")
     monkeypatch.setenv("WANDB_API_KEY", "key")
     monkeypatch.setattr(f"{MODULE}.get_available_reporting_integrations", lambda: TRACKERS)
