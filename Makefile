@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 # The folders that `make demo` runs: all that have a demo, or the one given as FOLDER=llama_omni.
-ALL_DEMOS := $(patsubst %/demo.py,%,$(wildcard */demo.py))
+ALL_DEMOS := $(patsubst tests/demos/%/demo.py,%,$(wildcard tests/demos/*/demo.py))
 FOLDER ?= $(ALL_DEMOS)
 DEMOS := $(patsubst %/,%,$(FOLDER))
 
@@ -20,10 +20,10 @@ setup: ## install everything into .venv (PYTHON=python3.12 picks the interpreter
 demo: setup ## train small models and use them (FOLDER=llama_omni runs one folder)
 	@test -n "$(DEMOS)" || { echo "no folder has a demo.py" >&2; exit 1; }
 	@set -e; for folder in $(DEMOS); do \
-	    test -f "$$folder/demo.py" || \
+	    test -f "tests/demos/$$folder/demo.py" || \
 	        { echo "FOLDER=$$folder has no demo.py; choose from: $(ALL_DEMOS)" >&2; exit 1; }; \
 	    echo "== demo of $$folder"; \
-	    $(PY) -m "$$folder.demo"; \
+	    $(PY) -m "tests.demos.$$folder.demo"; \
 	done
 
 check: setup ## ruff, pyright, codespell, shellcheck

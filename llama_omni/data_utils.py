@@ -1,7 +1,8 @@
 """From records to batches: prompt, labels, mel frames and target units, right-padded.
 
-Place in the data flow: records (records.py) -> samples -> batches (training_loop.py). Text is made
-by prompt.py, mel by audio.py, both here in the DataLoader's workers; units were extracted before.
+Place in the data flow: records (dataset/records.py) -> samples -> batches (training/loop.py). Text
+is made by dataset/prompt.py, mel by speech/audio.py, both here in the DataLoader's workers; units
+were extracted before.
 
     python -m llama_omni.data_utils check DATA [--stage 2] [--tokenizer FOLDER]
 """
@@ -16,21 +17,21 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llama_omni.audio import compute_mel, load_audio, num_speech_tokens
-from llama_omni.check_data import scan_records
-from llama_omni.prompt import (
+from llama_omni.dataset.check import scan_records
+from llama_omni.dataset.prompt import (
     IGNORE_INDEX,
     SPEECH_TOKEN_INDEX,
     pad_token_id,
     tokenize_conversation,
     tokenize_prompt,
 )
-from llama_omni.sampling import FILLER
+from llama_omni.dataset.sampler import FILLER
+from llama_omni.speech.audio import compute_mel, load_audio, num_speech_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from llama_omni.records import Record, Turn
+    from llama_omni.dataset.records import Record, Turn
 
 __all__ = [
     "IGNORE_INDEX",
@@ -214,6 +215,6 @@ def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    from llama_omni.check_data import main
+    from llama_omni.dataset.check import main
 
     sys.exit(main())

@@ -25,18 +25,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llama_omni.answering import (
-    CHUNK_SIZE,
-    MAX_NEW_TOKENS,
-    Answer,
-    Omni,
-    answer,
-    answer_streaming,
-    join_parts,
-)
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.audio import load_audio, resample, save_audio
-from llama_omni.check_data import scan_records
+from llama_omni.dataset.check import scan_records
+from llama_omni.dataset.records import read_records
 from llama_omni.generate import (
     add_model_arguments,
     check_arguments,
@@ -46,7 +36,19 @@ from llama_omni.generate import (
     load_omni_model,
     read_omni_config,
 )
-from llama_omni.judges import (
+from llama_omni.inference.answering import (
+    CHUNK_SIZE,
+    MAX_NEW_TOKENS,
+    Answer,
+    Omni,
+    answer,
+    answer_streaming,
+    join_parts,
+)
+from llama_omni.inference.metrics import Result, edit_distance, format_table, summarise
+from llama_omni.options.hub import resolve_artifact
+from llama_omni.speech.audio import load_audio, resample, save_audio
+from llama_omni.speech.recognizer import (
     NEEDS_EVAL,
     SAMPLE_RATE,
     UTMOS_WEIGHTS,
@@ -54,8 +56,6 @@ from llama_omni.judges import (
     load_recogniser,
     load_utmos,
 )
-from llama_omni.metrics import Result, edit_distance, format_table, summarise
-from llama_omni.records import read_records
 from llama_omni.stage1_trainer import WEIGHTS
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from llama_omni.judges import Recogniser
-    from llama_omni.records import Record, Turn
+    from llama_omni.dataset.records import Record, Turn
+    from llama_omni.speech.recognizer import Recogniser
+    from llama_omni.speech.vocoder import Voice
     from llama_omni.units import Quantizer
-    from llama_omni.vocoder import Voice
 
 logger = logging.getLogger("llama_omni.evaluate")
 
@@ -243,7 +243,7 @@ def choose_quantizer(
     folder: Path, args: argparse.Namespace, device: torch.device
 ) -> Quantizer | None:
     """Makes units of the answers' speech; None, with a warning, where its parts are missing."""
-    from llama_omni.kmeans import read_kmeans
+    from llama_omni.speech.kmeans import read_kmeans
     from llama_omni.units import load_quantizer
 
     config, _ = read_omni_config(folder)

@@ -4,7 +4,7 @@
     python generate.py MODEL QUESTION.wav --output_dir OUT --streaming --chunk_size 40
 
 MODEL is a final_model folder of either stage, or a released checkpoint (folder or hub id). Last in
-the data flow; answering.py has what this file does from Python:
+the data flow; inference/answering.py has what this file does from Python:
 
     omni = load_omni_model(folder, device="cuda", dtype=torch.bfloat16)
     print(answer(omni, load_audio(path)).text)
@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` an
 import torch
 from transformers import AutoTokenizer
 
-from llama_omni.answering import (
+from llama_omni.inference.answering import (
     CHUNK_SIZE,
     MAX_NEW_TOKENS,
     NO_GENERATOR,
@@ -36,16 +36,16 @@ from llama_omni.answering import (
     answer_streaming,
     join_parts,
 )
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.audio import audio_duration, load_audio, load_feature_extractor, save_audio
-from llama_omni.loading import CheckpointReader, encoder_shape, load_weights
-from llama_omni.model import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
+from llama_omni.model.loading import CheckpointReader, encoder_shape, load_weights
+from llama_omni.model.omni import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
+from llama_omni.options.hub import resolve_artifact
+from llama_omni.speech.audio import audio_duration, load_audio, load_feature_extractor, save_audio
 from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llama_omni.vocoder import Voice
+    from llama_omni.speech.vocoder import Voice
 
 __all__ = ["Answer", "AnswerPart", "answer", "answer_streaming", "load_omni_model"]
 
@@ -104,7 +104,7 @@ def choose_voice(folder: Path, args: argparse.Namespace, device: torch.device) -
     Raises:
         ValueError: there is neither, it speaks other units, or the model cannot speak at all.
     """
-    from llama_omni.vocoder import load_voice
+    from llama_omni.speech.vocoder import load_voice
 
     config, _ = read_omni_config(folder)
     if args.text_only:

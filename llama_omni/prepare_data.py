@@ -1,4 +1,4 @@
-"""From a dataset path to a checked dataset: the steps between `records.py` and `data_utils.py`."""
+"""From a dataset path to a checked dataset: the steps from `records.py` to `data_utils.py`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from llama_omni.data_utils import SpeechInstructionDataset, scan_records
-from llama_omni.parallel import is_main_process
-from llama_omni.records import BadRecord, Record, read_records
+from llama_omni.dataset.records import BadRecord, Record, read_records
 from llama_omni.stage2_trainer import prepare_units
+from llama_omni.training.parallel import is_main_process
 
 if TYPE_CHECKING:
     import torch
 
-    from llama_omni.config import TrainConfig
+    from llama_omni.options.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.loading import CheckpointReader, encoder_shape
-from llama_omni.model import OmniSpeech2SLlamaForCausalLM, build_model_config
-from llama_omni.speech_encoder import rename_hf_key
-from llama_omni.training_loop import Objective
+from llama_omni.model.loading import CheckpointReader, encoder_shape
+from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
+from llama_omni.model.speech_encoder import rename_hf_key
+from llama_omni.options.hub import resolve_artifact
+from llama_omni.training.loop import Objective
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from llama_omni.config import TrainConfig
+    from llama_omni.options.config import TrainConfig
 
 OBJECTIVE = Objective(
     task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.loading import CheckpointReader, encoder_shape
-from llama_omni.model import OmniSpeech2SLlamaForCausalLM, build_model_config
-from llama_omni.speech_generator import count_infeasible
+from llama_omni.model.loading import CheckpointReader, encoder_shape
+from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
+from llama_omni.model.speech_generator import count_infeasible
+from llama_omni.options.hub import resolve_artifact
 from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
-from llama_omni.training_loop import Objective
+from llama_omni.training.loop import Objective
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llama_omni.config import TrainConfig
     from llama_omni.data_utils import Batch
-    from llama_omni.records import Record
+    from llama_omni.dataset.records import Record
+    from llama_omni.options.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def prepare_units(
 
 def add_kmeans(config: TrainConfig, final_model: Path) -> None:
     """Puts the unit centres beside the model, where `generate.py` looks for the embedded voice."""
-    from llama_omni.kmeans import read_kmeans, save_kmeans
+    from llama_omni.speech.kmeans import read_kmeans, save_kmeans
 
     kmeans = resolve_artifact(str(config.kmeans_model_path), field="kmeans_model_path")
     save_kmeans(final_model / "kmeans.safetensors", read_kmeans(kmeans))

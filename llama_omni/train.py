@@ -5,7 +5,8 @@
     accelerate launch --config_file configs/accelerate_fsdp2.yaml train.py configs/...
     deepspeed train.py configs/stage1_config.json --deepspeed configs/ds_zero2_config.json ...
 
-Read next: config.py, records.py, data_utils.py, model.py, stage1_trainer.py, training_loop.py.
+Read next: options/config.py, dataset/records.py, data_utils.py, model/omni.py, stage1_trainer.py,
+training/loop.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` and others must not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # shadow packages of those names
 
-from llama_omni.config import TrainConfig, load_config
-from llama_omni.config_rules import validate_config
+from llama_omni.options.config import TrainConfig, load_config
+from llama_omni.options.rules import validate_config
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"error: {error}\n")
         return 2
     # Heavy imports wait until the config is known to be sound.
-    from llama_omni.parallel import init_processes, is_main_process
-    from llama_omni.training_loop import NonFiniteError
+    from llama_omni.training.loop import NonFiniteError
+    from llama_omni.training.parallel import init_processes, is_main_process
 
     device = init_processes()
     start_logging(is_main=is_main_process())
@@ -75,14 +76,14 @@ def run(config: TrainConfig, device: torch.device) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from llama_omni import stage1_trainer, stage2_trainer
-    from llama_omni.audio import load_feature_extractor
-    from llama_omni.checkpoint import check_disk, find_checkpoint, load_checkpoint
     from llama_omni.data_utils import collate, pad_token_id
-    from llama_omni.loading import load_weights, save_released
-    from llama_omni.parallel import compute_dtype, is_main_process
+    from llama_omni.model.loading import load_weights, save_released
     from llama_omni.prepare_data import build_dataset
-    from llama_omni.tracking import Tracker
-    from llama_omni.training_loop import train
+    from llama_omni.speech.audio import load_feature_extractor
+    from llama_omni.training.checkpoint import check_disk, find_checkpoint, load_checkpoint
+    from llama_omni.training.loop import train
+    from llama_omni.training.parallel import compute_dtype, is_main_process
+    from llama_omni.training.tracker import Tracker
 
     stage = stage1_trainer if config.stage == 1 else stage2_trainer
     objective = (
@@ -178,10 +179,10 @@ def build_engine(
 ) -> Any:
     """The engine that the strategy names; `build` holds its `fill` and `groups`."""
     if strategy == "deepspeed":
-        from llama_omni.deepspeed_engine import DeepSpeedEngine
+        from llama_omni.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, device, **build)
-    from llama_omni.parallel import TorchEngine
+    from llama_omni.training.parallel import TorchEngine
 
     return TorchEngine(model, config, device, strategy=strategy, **build)
 

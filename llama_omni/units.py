@@ -6,8 +6,8 @@
 
 `fit` makes the embedded log-mel units from the answers' speech of DATA (a dataset file or folder);
 `extract` writes the units of those answers to a cache, which stage 2 reads: it goes on where it
-was stopped, and takes several processes. Features come from `hubert.py` or `log_mel.py`, centres
-from `kmeans.py`, the cache is `unit_cache.py`'s.
+was stopped, and takes several processes. Features come from `speech/hubert.py` or
+`speech/log_mel.py`, centres from `speech/kmeans.py`, the cache is `speech/unit_cache.py`'s.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llama_omni.artifacts import resolve_artifact
-from llama_omni.audio import load_audio
-from llama_omni.hubert import MHUBERT_URL, full_float32, load_hubert
-from llama_omni.kmeans import KMeans, fit_log_mel, read_kmeans, save_kmeans
-from llama_omni.log_mel import LogMelFeatures
-from llama_omni.unit_cache import UnitCache, load_unit_cache
+from llama_omni.options.hub import resolve_artifact
+from llama_omni.speech.audio import load_audio
+from llama_omni.speech.hubert import MHUBERT_URL, full_float32, load_hubert
+from llama_omni.speech.kmeans import KMeans, fit_log_mel, read_kmeans, save_kmeans
+from llama_omni.speech.log_mel import LogMelFeatures
+from llama_omni.speech.unit_cache import UnitCache, load_unit_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,7 +178,7 @@ def read_answer_paths(data_path: Path) -> list[Path]:
     Raises:
         ValueError: no answer has speech.
     """
-    from llama_omni.records import read_records
+    from llama_omni.dataset.records import read_records
 
     records, bad = read_records(data_path, needs_units=None)
     for record in bad[:SHOWN_FILES]:

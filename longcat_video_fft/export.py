@@ -25,13 +25,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.config import TrainConfig, load_config
-from longcat_video_fft.precompute import start_logging
+from longcat_video_fft.options.config import TrainConfig, load_config
+from longcat_video_fft.precompute.__main__ import start_logging
 
 if TYPE_CHECKING:
     import torch
 
-    from longcat_video_fft.parallel import Engine
+    from longcat_video_fft.training.parallel import Engine
 
 logger = logging.getLogger("longcat_video_fft")
 
@@ -71,7 +71,7 @@ def export_checkpoint(
     Raises:
         ValueError: no such checkpoint, another model's, one without averages, or no companions.
     """
-    from longcat_video_fft.checkpoint import find_checkpoint
+    from longcat_video_fft.training.checkpoint import find_checkpoint
 
     source = find_checkpoint(checkpoint, Path(config.output_dir))
     if source is None:
@@ -87,9 +87,9 @@ def read_checkpoint(source: Path, *, use_ema: bool) -> Any:
     import torch
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from longcat_video_fft.checkpoint import read_trainer_state
-    from longcat_video_fft.loading import verify_loaded
-    from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+    from longcat_video_fft.model.loading import verify_loaded
+    from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
+    from longcat_video_fft.training.checkpoint import read_trainer_state
 
     identity = read_trainer_state(source)["identity"]
     if use_ema and not identity["has_ema"]:
@@ -107,7 +107,7 @@ def read_checkpoint(source: Path, *, use_ema: bool) -> Any:
 def export_model(engine: Engine, config: TrainConfig, folder: Path, layout: str = "both") -> None:
     """Writes the export of a model in training; all processes call it. The averaged weights are
     taken where there are any."""
-    from longcat_video_fft.parallel import is_main_process
+    from longcat_video_fft.training.parallel import is_main_process
 
     average = engine.ema.swapped(engine.module) if engine.ema else contextlib.nullcontext()
     with average:
@@ -127,7 +127,7 @@ def find_companions(config: TrainConfig, folder: Path) -> Path:
     Raises:
         ValueError: a part is missing, or the export would overwrite that model.
     """
-    from longcat_video_fft.artifacts import resolve_artifact
+    from longcat_video_fft.options.hub import resolve_artifact
 
     root = resolve_artifact(
         config.model,
@@ -164,8 +164,8 @@ def write_export(
     """
     import torch
 
-    from longcat_video_fft.artifacts import check_free_disk
-    from longcat_video_fft.loading import save_transformer
+    from longcat_video_fft.model.loading import save_transformer
+    from longcat_video_fft.options.hub import check_free_disk
 
     wanted = {"diffusers": ["transformer"], "official": ["dit"], "both": ["transformer", "dit"]}
     folders = [folder / name for name in wanted[layout]]
@@ -221,7 +221,7 @@ def write_scheduler(folder: Path, source: Path, *, shift: float) -> None:
 def write_code(folder: Path) -> None:
     """pipeline.py, and the transformer's code in one file, as diffusers wants it: of a component's
     folder it copies one module from disk and fetches one from the hub."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "model"
     shutil.copyfile(here / "pipeline.py", folder / "pipeline.py")
     code = join_modules(here / "transformer.py", [here / "attention.py", here / "layers.py"])
     (folder / "transformer" / f"{MODULE}.py").write_text(code, encoding="utf-8")
@@ -236,7 +236,7 @@ def join_modules(module: Path, used: list[Path]) -> str:
     import ast
 
     package = __name__.partition(".")[0]
-    names = {f"{package}.{path.stem}" for path in used}
+    names = {f"{package}.model.{path.stem}" for path in used}
     bodies = []
     for path in [*used, module]:
         source = path.read_text(encoding="utf-8")

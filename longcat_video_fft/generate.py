@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.buckets import BucketRule
-from longcat_video_fft.precompute import start_logging
+from longcat_video_fft.options.buckets import BucketRule
+from longcat_video_fft.precompute.__main__ import start_logging
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def generate(args: argparse.Namespace) -> None:
     """Writes args.output."""
     import torch
 
-    from longcat_video_fft.video_file import write_mp4
+    from longcat_video_fft.media.video_file import write_mp4
 
     shape, condition = read_condition(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,7 +151,7 @@ def read_condition(args: argparse.Namespace) -> tuple[tuple[int, int], dict[str,
         shape = shape or BucketRule().choose_shape(picture.height, picture.width)
         return shape, {"image": picture}
     if args.video is not None:
-        from longcat_video_fft.video_file import read_frames, video_shape
+        from longcat_video_fft.media.video_file import read_frames, video_shape
 
         shape = shape or BucketRule().choose_shape(*video_shape(args.video))
         frames = read_frames(args.video, shape, fps=args.fps)
@@ -172,9 +172,9 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     )
     from transformers import UMT5EncoderModel
 
-    from longcat_video_fft.pipeline import LongCatVideoPipeline
-    from longcat_video_fft.text_encoder import load_tokenizer
-    from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+    from longcat_video_fft.model.pipeline import LongCatVideoPipeline
+    from longcat_video_fft.model.text_encoder import load_tokenizer
+    from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 
     dtype = dtype or torch.float32
     transformer = find_transformer(folder)

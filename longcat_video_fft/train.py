@@ -4,7 +4,8 @@
         -m longcat_video_fft.train --config longcat_video_fft/training_config.json
     scripts/launch_training.sh [--dry-run] [--resume latest] [key=value ...]
 
-Read next: config.py, dataset.py, transformer.py, flow_matching.py, parallel.py, training_loop.py.
+Read next: options/config.py, dataset/latents.py, model/transformer.py, model/flow_matching.py,
+training/parallel.py, training/loop.py.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.config_rules import check_model, check_world
-from longcat_video_fft.launcher_rules import check_launcher
-from longcat_video_fft.precompute import read_configs, start_logging
+from longcat_video_fft.options.config_rules import check_model, check_world
+from longcat_video_fft.options.launcher_rules import check_launcher
+from longcat_video_fft.precompute.__main__ import read_configs, start_logging
 
 if TYPE_CHECKING:
-    from longcat_video_fft.config import TrainConfig
-    from longcat_video_fft.data_config import DataConfig
+    from longcat_video_fft.options.config import TrainConfig
+    from longcat_video_fft.options.data_config import DataConfig
 
 logger = logging.getLogger("longcat_video_fft")
 
@@ -44,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Heavy imports wait until the config is known to be sound.
     if config.dry_run:
-        from longcat_video_fft.plan import dry_run
+        from longcat_video_fft.plan.dry_run import dry_run
 
         return dry_run(config, data) if is_main else 0
-    from longcat_video_fft.training_loop import NonFiniteError
+    from longcat_video_fft.training.loop import NonFiniteError
 
     try:
         run(config, data)
@@ -65,22 +66,22 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from longcat_video_fft.attention_kernels import chosen_backend
-    from longcat_video_fft.checkpoint import (
+    from longcat_video_fft.dataset.latents import LatentDataset
+    from longcat_video_fft.export import export_model, find_companions
+    from longcat_video_fft.model.attention_kernels import chosen_backend
+    from longcat_video_fft.model.loading import load_weights
+    from longcat_video_fft.precompute.job import ensure_caches
+    from longcat_video_fft.precompute.processes import Processes
+    from longcat_video_fft.training.checkpoint import (
         Checkpointer,
         check_disk,
         find_checkpoint,
         load_checkpoint,
     )
-    from longcat_video_fft.dataset import LatentDataset
-    from longcat_video_fft.export import export_model, find_companions
-    from longcat_video_fft.loading import load_weights
-    from longcat_video_fft.make_caches import ensure_caches
-    from longcat_video_fft.parallel import Engine, init_processes, is_main_process
-    from longcat_video_fft.processes import Processes
-    from longcat_video_fft.tracking import Tracker
-    from longcat_video_fft.training_loop import train
-    from longcat_video_fft.validation import Validation, read_prompts
+    from longcat_video_fft.training.loop import train
+    from longcat_video_fft.training.parallel import Engine, init_processes, is_main_process
+    from longcat_video_fft.training.tracker import Tracker
+    from longcat_video_fft.training.validation import Validation, read_prompts
 
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -158,7 +159,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
 
 def find_transformer(config: TrainConfig) -> Path:
     """The folder dit/ of the model; ValueError when it is not there."""
-    from longcat_video_fft.artifacts import resolve_artifact
+    from longcat_video_fft.options.hub import resolve_artifact
 
     root = resolve_artifact(
         config.model, field="pretrained_model_name_or_path", allow_patterns=DIT_PATTERNS
@@ -176,7 +177,7 @@ def build_transformer(folder: Path) -> Any:
     """The model of `folder`/config.json on the meta device: no memory, no values."""
     import torch
 
-    from longcat_video_fft.transformer import LongCatVideoTransformer3DModel
+    from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 
     options = json.loads((folder / "config.json").read_text("utf-8"))
     with torch.device("meta"):

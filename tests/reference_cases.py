@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.llama_omni.speech_reference import compare_speech
-from tests.longcat_video_fft.dit_reference import compare_dit
-from tests.vss_longcat_omni.audio_reference import compare_audio, compare_fbank
-from tests.vss_longcat_omni.streams_reference import (
+from tests.llama_omni.support.speech_reference import compare_speech
+from tests.longcat_video_fft.support.dit_reference import compare_dit
+from tests.vss_longcat_omni.support.audio_reference import compare_audio, compare_fbank
+from tests.vss_longcat_omni.support.streams_reference import (
     compare_embed,
     compare_interleave,
     compare_post,
     compare_rows,
 )
-from tests.vss_longcat_omni.vision_reference import (
+from tests.vss_longcat_omni.support.vision_reference import (
     compare_geometry,
     compare_pixels,
     compare_vision,

@@ -130,9 +130,9 @@ def test_folder_pins_are_the_roots(folder: str) -> None:
 def test_copied_files_are_alike() -> None:
     """What two folders hold alike differs in their names and in a docstring's words alone."""
     bodies = {
-        TEXTS[f"{folder}/artifacts.py"].partition("from __future__")[2].replace(folder, "FOLDER")
+        TEXTS[f"{folder}/options/hub.py"].partition("from __future__")[2].replace(folder, "FOLDER")
         for folder in FOLDERS
-        if f"{folder}/artifacts.py" in TEXTS
+        if f"{folder}/options/hub.py" in TEXTS
     }
     assert len(bodies) == 1
 

@@ -5,7 +5,7 @@
 
 Writes report/NAME.wav and a line of report/results.jsonl for each sample, and report/summary.json,
 which it prints; the first answers go to TensorBoard to listen to, beside the true ones. Samples
-come from dataset.py by way of prepare.py's cache, answers from generate.py.
+come from dataset/folders.py by way of dataset/prepare.py's cache, answers from generate.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vss_longcat_omni.artifacts import resolve_artifact
-from vss_longcat_omni.dataset import find_samples
-from vss_longcat_omni.run_arguments import SamplingRule
+from vss_longcat_omni.dataset.folders import find_samples
+from vss_longcat_omni.options.hub import resolve_artifact
+from vss_longcat_omni.options.run_arguments import SamplingRule
 
 if TYPE_CHECKING:
-    from vss_longcat_omni.dataset import Sample
+    from vss_longcat_omni.dataset.folders import Sample
 
 
 def check_folders(options: argparse.Namespace) -> list[Sample]:
@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     samples = check_folders(options)
     import torch
 
+    from vss_longcat_omni.dataset.prepare import prepare
     from vss_longcat_omni.generate import load_answerer
-    from vss_longcat_omni.measure import choose_recogniser, evaluate
-    from vss_longcat_omni.prepare import prepare
+    from vss_longcat_omni.inference.measure import choose_recogniser, evaluate
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     recogniser = choose_recogniser(options.asr, device)
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--count: give 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     summary = run(options)
-    from vss_longcat_omni.metrics import format_table
+    from vss_longcat_omni.inference.metrics import format_table
 
     sys.stdout.write(format_table(summary))
     sys.stdout.write(f"details in {options.out / 'results.jsonl'}\n")

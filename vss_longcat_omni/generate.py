@@ -5,7 +5,7 @@
     python -m vss_longcat_omni.generate ... --data_dir data --split test --out answers/
 
 The model has to fit on one device: a small one, or a GPU of the size. The released 560B is served
-from the merged folder (merge_lora.py) by Meituan's own server.
+from the merged folder (tools/merge_lora.py) by Meituan's own server.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from vss_longcat_omni.answer import read_answer
-from vss_longcat_omni.artifacts import resolve_artifact
-from vss_longcat_omni.codec import open_codec
-from vss_longcat_omni.dataset import find_samples
-from vss_longcat_omni.decoding import DecodingOptions, generate_rows
-from vss_longcat_omni.examples import plan_media, pool
-from vss_longcat_omni.media import save_audio
+from vss_longcat_omni.dataset.examples import plan_media, pool
+from vss_longcat_omni.dataset.folders import find_samples
+from vss_longcat_omni.dataset.prepare import Settings, look_and_listen
+from vss_longcat_omni.dataset.special_tokens import read_special_tokens
+from vss_longcat_omni.dataset.template import build_prompt
+from vss_longcat_omni.inference.answer import read_answer
+from vss_longcat_omni.inference.decoding import DecodingOptions, generate_rows
+from vss_longcat_omni.media.audio import save_audio
+from vss_longcat_omni.media.pixels import PixelConfig, to_patches
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
-from vss_longcat_omni.pixels import PixelConfig, to_patches
-from vss_longcat_omni.prepare import Settings, look_and_listen
-from vss_longcat_omni.special_tokens import read_special_tokens
-from vss_longcat_omni.template import build_prompt
+from vss_longcat_omni.options.hub import resolve_artifact
+from vss_longcat_omni.speech.codec import open_codec
 from vss_longcat_omni.train_ds import preprocess_function
-from vss_longcat_omni.trainer import TRAINED_MODULES
+from vss_longcat_omni.training.trainer import TRAINED_MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vss_longcat_omni.answer import SpokenAnswer
-    from vss_longcat_omni.codec import SpeechCodec
-    from vss_longcat_omni.prepare import Seen
+    from vss_longcat_omni.dataset.prepare import Seen
+    from vss_longcat_omni.inference.answer import SpokenAnswer
+    from vss_longcat_omni.speech.codec import SpeechCodec
 
 
 @dataclass

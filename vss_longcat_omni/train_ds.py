@@ -4,7 +4,7 @@
 
 run in this folder, on one node or several (run_deepspeed.sh). Without DeepSpeed, for small models:
 `python train_ds.py --deepspeed "" ...`. `--help` lists every option; README.md explains them.
-What happens then is in training.py.
+What happens then is in run.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from vss_longcat_omni.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
-from vss_longcat_omni.run_arguments import check_words
+from vss_longcat_omni.dataset.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
+from vss_longcat_omni.options.run_arguments import check_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ def preprocess_function(
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     check_words(words)
-    from vss_longcat_omni.training import train  # seconds, for torch and transformers
+    from vss_longcat_omni.run import train  # seconds, for torch and transformers
 
     train(words, preprocess_function)
 

@@ -23,10 +23,10 @@ if __package__ in (None, ""):  # run as a script, from anywhere
 import pyarrow.parquet as pq
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longcat_video_fft.bad_video import REASONS
-from longcat_video_fft.metadata import WORKERS, build_table
-from longcat_video_fft.s3_storage import S3Options, open_s3
-from longcat_video_fft.storage import LocalStorage, Storage
+from longcat_video_fft.media.bad_video import REASONS
+from longcat_video_fft.precompute.metadata import WORKERS, build_table
+from longcat_video_fft.storage.s3_storage import S3Options, open_s3
+from longcat_video_fft.storage.storage import LocalStorage, Storage
 
 logger = logging.getLogger("longcat_video_fft")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.llama_omni.tiny import Tiny, make_tiny
+from tests.llama_omni.support.tiny import Tiny, make_tiny
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from llama_omni.audio import save_audio
 from llama_omni.data_utils import (
     Batch,
     SpeechInstructionDataset,
@@ -16,8 +15,9 @@ from llama_omni.data_utils import (
     pad_token_id,
     tokenize_conversation,
 )
-from llama_omni.dummy_model import build_tokenizer
-from llama_omni.records import Record, Turn
+from llama_omni.dataset.records import Record, Turn
+from llama_omni.speech.audio import save_audio
+from llama_omni.tools.make_model import build_tokenizer
 
 X = -100  # IGNORE_INDEX
 SPEECH = -200  # SPEECH_TOKEN_INDEX

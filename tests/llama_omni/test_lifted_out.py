@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from tests.llama_omni.tiny import FOLDER, Tiny, launch_env, losses, weights
+from tests.llama_omni.support.tiny import FOLDER, Tiny, launch_env, losses, weights
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.llama_omni.tiny import (
+from tests.llama_omni.support.tiny import (
     COMMON,
     FOLDER,
     NUM_RECORDS,

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from longcat_video_fft import s3_storage
-from longcat_video_fft.s3_storage import S3Options, S3Storage, open_s3
-from tests.longcat_video_fft.s3_server import (
+from longcat_video_fft.storage import s3_storage
+from longcat_video_fft.storage.s3_storage import S3Options, S3Storage, open_s3
+from tests.longcat_video_fft.support.s3_server import (
     FaultyProxy,
     put_objects,
     set_environment,
     start_moto,
 )
-from tests.longcat_video_fft.tiny import Tiny, make_tiny
+from tests.longcat_video_fft.support.tiny import Tiny, make_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from longcat_video_fft.storage import Storage
+    from longcat_video_fft.storage.storage import Storage
 
 BUCKET = "films"
 MANY_BUCKET = "many"

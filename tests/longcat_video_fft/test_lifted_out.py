@@ -7,14 +7,21 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from tests.longcat_video_fft.tiny import NUM_VIDEOS, ROOT, Tiny, contents, launch_env, write_configs
+from tests.longcat_video_fft.support.tiny import (
+    NUM_VIDEOS,
+    ROOT,
+    Tiny,
+    contents,
+    launch_env,
+    write_configs,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 CHECK = """
 import importlib.util, pathlib, sys
-import longcat_video_fft.make_caches as module
+import longcat_video_fft.precompute.job as module
 assert pathlib.Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
 for name in ("tests", "data"):
     assert importlib.util.find_spec(name) is None, name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from data.make_vss import make_vss
-from vss_longcat_omni.make_model import make_model
+from vss_longcat_omni.tools.make_model import make_model
 
 if TYPE_CHECKING:
     from pathlib import Path

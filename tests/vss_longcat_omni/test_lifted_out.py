@@ -21,7 +21,8 @@ IGNORED = ("__pycache__", "*.egg-info", "cache", "data", "longcat-flash-omni-*",
            "tensorboard_logs")  # fmt: skip
 CHECK = """
 import importlib.util, pathlib, sys
-import vss_longcat_omni.generate, vss_longcat_omni.longcat_codec.codec, vss_longcat_omni.train_ds
+import vss_longcat_omni.generate, vss_longcat_omni.train_ds
+import vss_longcat_omni.speech.longcat_codec.codec
 for name, module in sys.modules.items():
     if name.startswith("vss_longcat_omni"):
         assert pathlib.Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
@@ -57,7 +58,7 @@ def test_a_copy_installs_trains_and_merges(ground: Ground, tmp_path: Path) -> No
     out, merged = tmp_path / "out", tmp_path / "merged"
     words = ground.words(out, deepspeed="", bf16=False, max_steps=1)
     run(sys.executable, "train_ds.py", *words)
-    command = (sys.executable, "-m", "vss_longcat_omni.merge_lora")
+    command = (sys.executable, "-m", "vss_longcat_omni.tools.merge_lora")
     told = run(*command, "--base", ground.model, "--adapter", out, "--out", merged)
     assert told.endswith("32 tensors changed\n")
     assert {path.name for path in ground.model.iterdir()} <= {p.name for p in merged.iterdir()}

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 import vss_longcat_omni
-from vss_longcat_omni.config import OmniTrainingArguments
+from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 
 SCRIPT = Path(vss_longcat_omni.__file__).parent / "run_deepspeed.sh"
 RECORDER = f"""#!{sys.executable}

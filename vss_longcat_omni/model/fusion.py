@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vss_longcat_omni.special_tokens import SpecialTokens
+    from vss_longcat_omni.dataset.special_tokens import SpecialTokens
 
 
 class AudioEmbeddings(nn.Module):

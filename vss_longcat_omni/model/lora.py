@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from vss_longcat_omni.model.lora_targets import translate_targets
+from vss_longcat_omni.options.lora_targets import translate_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

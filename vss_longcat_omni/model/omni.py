@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from vss_longcat_omni.loss import LossWeights, combine, compute_loss_sums
+from vss_longcat_omni.dataset.special_tokens import SpecialTokens
+from vss_longcat_omni.dataset.template import IGNORE_INDEX
 from vss_longcat_omni.model.audio_encoder import AudioEncoder, AudioEncoderConfig, AudioProjector
 from vss_longcat_omni.model.fusion import AudioEmbeddings, merge_embeddings
 from vss_longcat_omni.model.language_model import LongcatFlashModel
+from vss_longcat_omni.model.loss import LossWeights, combine, compute_loss_sums
 from vss_longcat_omni.model.speech_heads import AudioOutputLayers
 from vss_longcat_omni.model.vision_encoder import (
     VisionConfig,
@@ -27,8 +29,6 @@ from vss_longcat_omni.model.vision_encoder import (
     VisionProjector,
     pool_features,
 )
-from vss_longcat_omni.special_tokens import SpecialTokens
-from vss_longcat_omni.template import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vss_longcat_omni.pixels import Grid, PooledGrid
+    from vss_longcat_omni.media.pixels import Grid, PooledGrid
 
 Run = tuple[int, int]  # (B, S): so many items of so many patches each, side by side
 # Kept by the official config for variants that its code refuses.

@@ -1,0 +1,1 @@
+"""The model: its parts, loss and weights."""

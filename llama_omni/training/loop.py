@@ -1,0 +1,361 @@
+"""The loop that both stages share: fetch, forward, backward, check, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llama_omni.dataset.sampler import MicroBatches, steps_per_epoch
+from llama_omni.model.flops import BatchSize, peak_flops, step_flops
+from llama_omni.training.checkpoint import save_checkpoint
+from llama_omni.training.optimizer import lr_scale, set_lr
+from llama_omni.training.parallel import is_main_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from llama_omni.data_utils import Batch
+    from llama_omni.options.config import TrainConfig
+    from llama_omni.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; every process stops before the step."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage minimises and reports."""
+
+    task: str  # for the model's forward
+    count: Callable[[Batch], int]  # what the loss is a mean over
+    unit: str  # its name in the log: tokens or units
+    ratio: str  # the name of num_correct / num_predicted
+    weight: float = 1.0
+    infeasible: Callable[[Batch], tuple[int, int]] = field(default=lambda batch: (0, 0))
+
+
+def total_steps(config: TrainConfig, num_samples: int, world_size: int) -> tuple[int, int]:
+    """(steps of the run, steps an epoch)."""
+    global_batch = config.per_device_train_batch_size * world_size
+    global_batch *= config.grad_accum_steps(world_size)
+    per_epoch = steps_per_epoch(num_samples, global_batch, drop_last=config.dataloader_drop_last)
+    if per_epoch == 0:
+        raise ValueError(
+            f"{num_samples} samples do not fill one global batch of {global_batch}, and "
+            "dataloader_drop_last=true drops it. Set it to false or lower the batch size."
+        )
+    if config.max_steps > 0:
+        return config.max_steps, per_epoch
+    return math.ceil(per_epoch * config.num_train_epochs), per_epoch
+
+
+def train(
+    engine: Any,
+    objective: Objective,
+    train_set: Any,
+    eval_set: Any | None,
+    config: TrainConfig,
+    *,
+    collate: Callable[[list[Any]], Batch],
+    output_dir: Path,
+    tracker: Tracker,
+    start_step: int = 0,
+) -> bool:
+    """Trains to the end of the schedule; False when a SIGTERM stopped it, after a checkpoint.
+
+    Raises:
+        NonFiniteError: on every process, before the step that would have used the values.
+    """
+    world_size = dist.get_world_size()
+    accum_steps = config.grad_accum_steps(world_size)
+    last_step, per_epoch = total_steps(config, len(train_set), world_size)
+    batches = iter(_loader(train_set, config, collate, start_step, last_step, accum_steps))
+    meter = Meter(engine, config, objective)
+    stop = StopRequest()
+    bar = tqdm(
+        total=last_step, initial=start_step, desc=f"stage {config.stage}", unit="step",
+        disable=not is_main_process(), dynamic_ncols=True, mininterval=1.0,
+    )  # fmt: skip
+    global_step = start_step
+    while global_step < last_step:
+        meter.start_fetch()
+        micro_batches = [next(batches).to(engine.device) for _ in range(accum_steps)]
+        meter.end_fetch()
+        scale = lr_scale(
+            global_step,
+            total_steps=last_step,
+            warmup_ratio=config.warmup_ratio,
+            kind=config.lr_scheduler_type,
+        )
+        lr = set_lr(engine.optimizer, scale)
+        sums = train_step(engine, objective, micro_batches, global_step=global_step)
+        global_step += 1
+        bar.update()
+        meter.add(micro_batches, sums)
+        is_last = global_step == last_step
+        if global_step % config.logging_steps == 0 or is_last:
+            metrics = meter.flush(lr)
+            tracker.log(metrics, step=global_step)
+            bar.set_postfix({"loss": f"{metrics['train/loss']:.3f}"})
+        place = {"ends_epoch": global_step % per_epoch == 0, "is_last": is_last}
+        if eval_set is not None and _is_due(
+            config.evaluation_strategy, global_step, config.eval_steps, **place
+        ):
+            metrics = evaluate(engine, objective, eval_set, config, collate=collate)
+            tracker.log(metrics, step=global_step)
+        must_stop = stop.is_requested()
+        if must_stop or _is_due(config.save_strategy, global_step, config.save_steps, **place):
+            save_checkpoint(engine, output_dir, global_step, keep_last=config.save_total_limit)
+        if must_stop:
+            logger.warning(
+                "stopped by a signal after step %d; go on with --resume_from_checkpoint latest",
+                global_step,
+            )
+            break
+    bar.close()
+    return global_step == last_step
+
+
+def train_step(
+    engine: Any, objective: Objective, micro_batches: list[Batch], *, global_step: int
+) -> torch.Tensor:
+    """One optimizer step; returns global (loss sum, count, correct, predicted) as float64.
+
+    The loss is divided by the global count, so that any split of the global batch into processes
+    and micro-batches gives the same gradient.
+    """
+    count = sum(objective.count(batch) for batch in micro_batches)
+    global_count = all_sum(torch.tensor([float(count)], dtype=torch.float64))[0].item()
+    sums = torch.zeros(4, dtype=torch.float64)
+    sums[1] = count
+    for i, batch in enumerate(micro_batches):
+        with engine.autocast():
+            out = engine.model(batch, objective.task)
+        scaled = out.loss * (objective.weight / max(global_count, 1.0))
+        engine.backward(scaled, is_last=i == len(micro_batches) - 1)
+        sums[0] += out.loss.detach().double().cpu()
+        sums[2] += out.num_correct.cpu()
+        sums[3] += out.num_predicted.cpu()
+    sums = all_sum(sums)
+    where = f"at step {global_step + 1}"
+    if not math.isfinite(sums[0].item()):
+        raise NonFiniteError(
+            f"the loss is {sums[0].item()} {where}; nothing was stepped. Lower the learning rate, "
+            "or look at the data of this step; resume with --resume_from_checkpoint latest."
+        )
+    # A zero loss alone may be a set learned by heart; with answers that have no path it is none.
+    impossible = float(sum(objective.infeasible(batch)[1] for batch in micro_batches))
+    if sums[0].item() == 0 and all_sum(torch.tensor([impossible])).item() > 0:
+        raise ValueError(
+            f"every loss {where} was exactly zero: no {objective.unit} can be learned (targets "
+            "longer than their frames?). Run `python -m llama_omni.data_utils check DATA`."
+        )
+    engine.grad_norm = engine.clip()
+    if not math.isfinite(engine.grad_norm):
+        raise NonFiniteError(
+            f"the gradient norm is {engine.grad_norm} {where}; nothing was stepped. Lower the "
+            "learning rate; resume with --resume_from_checkpoint latest."
+        )
+    engine.step()
+    return sums
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any, objective: Objective, eval_set: Any, config: TrainConfig, *, collate: Any
+) -> dict[str, float]:
+    """Mean loss and ratio over the whole evaluation set; all processes call it."""
+    batches = MicroBatches(
+        len(eval_set),
+        micro_batch_size=config.per_device_eval_batch_size,
+        accum_steps=1,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        start_step=0,
+        stop_step=steps_per_epoch(
+            len(eval_set),
+            config.per_device_eval_batch_size * dist.get_world_size(),
+            drop_last=False,
+        ),
+        seed=0,
+        shuffle=False,
+    )
+    sums = torch.zeros(4, dtype=torch.float64)
+    engine.module.eval()
+    for batch in DataLoader(
+        eval_set,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,  # pyright: ignore
+        worker_init_fn=ignore_sigterm,
+        generator=torch.Generator(),
+    ):
+        with engine.autocast():
+            out = engine.model(batch.to(engine.device), objective.task)
+        sums[0] += out.loss.double().cpu()
+        sums[1] += objective.count(batch)
+        sums[2] += out.num_correct.cpu()
+        sums[3] += out.num_predicted.cpu()
+    engine.module.train()
+    sums = all_sum(sums)
+    return {
+        "eval/loss": (sums[0] / sums[1].clamp(min=1)).item(),
+        f"eval/{objective.ratio}": (sums[2] / sums[3].clamp(min=1)).item(),
+    }
+
+
+class Meter:
+    """Sums between two log lines, and the speed."""
+
+    def __init__(self, engine: Any, config: TrainConfig, objective: Objective) -> None:
+        self.engine = engine
+        self.config = config
+        self.objective = objective
+        name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+        self.peak = peak_flops(name)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started = time.perf_counter()
+        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.samples = self.tokens = 0
+        self.data_seconds = self.flops = 0.0
+        self.infeasible = [0, 0]
+
+    def start_fetch(self) -> None:
+        self.fetch_started = time.perf_counter()
+
+    def end_fetch(self) -> None:
+        self.data_seconds += time.perf_counter() - self.fetch_started
+
+    def add(self, micro_batches: list[Batch], sums: torch.Tensor) -> None:
+        self.sums += sums
+        for batch in micro_batches:
+            self.samples += len(batch.input_ids)
+            self.tokens += batch.input_ids.numel()
+            self.flops += batch_flops(self.engine.module.config, batch, self.config)
+            for i, number in enumerate(self.objective.infeasible(batch)):
+                self.infeasible[i] += number
+
+    def flush(self, lr: float) -> dict[str, float]:
+        """Metrics since the last flush, over all processes."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.started
+        local = torch.tensor([self.samples, self.tokens, self.flops, *self.infeasible])
+        samples, tokens, flops, too_few, impossible = all_sum(local.double()).tolist()
+        loss, count, correct, predicted = self.sums.tolist()
+        metrics = {
+            "train/loss": loss / max(count, 1),
+            f"train/{self.objective.ratio}": correct / max(predicted, 1),
+            "train/grad_norm": self.engine.grad_norm,
+            "train/lr": lr,
+            "speed/samples_per_sec": samples / seconds,
+            "speed/tokens_per_sec": tokens / seconds,
+            "speed/data_time_frac": self.data_seconds / seconds,
+        }
+        if self.objective.task == "units":
+            metrics["train/stretched"] = too_few
+            metrics["train/infeasible"] = impossible
+            if impossible:
+                logger.warning("%d answers had no CTC path and taught nothing", impossible)
+        if self.peak is not None:
+            metrics["speed/mfu"] = flops / seconds / (self.peak * dist.get_world_size())
+            metrics["speed/peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._reset()
+        return metrics
+
+
+def batch_flops(model_config: Any, batch: Batch, config: TrainConfig) -> float:
+    """Model FLOPs of one micro-batch, forward and backward."""
+    answers = batch.num_label_tokens
+    frames = 0
+    if batch.tgt_units is not None:
+        longest = int((batch.labels != -100).sum(1).max()) * config.ctc_upsample_factor
+        frames = max(longest, batch.tgt_units.shape[1])
+    size = BatchSize(
+        clips=len(batch.speech),
+        mel_frames=batch.speech.shape[-1],
+        sequences=len(batch.input_ids),
+        tokens=batch.input_ids.shape[1],
+        answer_tokens=answers,
+        unit_frames=max(frames, 1) if config.stage == 2 else 0,
+    )
+    backbone = "full" if config.trains_backbone else "lora" if config.lora_enable else "frozen"
+    return step_flops(
+        model_config,
+        size,
+        stage=config.stage,
+        backbone=backbone,
+        encoder=config.tune_speech_encoder,
+    )
+
+
+class StopRequest:
+    """Remembers a SIGTERM, and tells it to all processes at a step boundary."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+
+    def is_requested(self) -> bool:
+        return all_sum(torch.tensor([float(self.seen)]))[0].item() > 0
+
+
+def ignore_sigterm(_: int) -> None:
+    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of a CPU tensor, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _is_due(strategy: str, step: int, every: int, *, ends_epoch: bool, is_last: bool) -> bool:
+    """Whether to evaluate or save after `step`; the last step counts with either strategy."""
+    is_due = {"no": False, "steps": step % every == 0, "epoch": ends_epoch}[strategy]
+    return is_due or (is_last and strategy != "no")
+
+
+def _loader(
+    train_set: Any, config: TrainConfig, collate: Any, start: int, stop: int, accum_steps: int
+) -> DataLoader[Any] | Iterator[Any]:
+    sampler = MicroBatches(
+        len(train_set),
+        micro_batch_size=config.per_device_train_batch_size,
+        accum_steps=accum_steps,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        start_step=start,
+        stop_step=stop,
+        seed=config.seed,
+        drop_last=config.dataloader_drop_last,
+    )
+    return DataLoader(
+        train_set,
+        batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        worker_init_fn=ignore_sigterm,
+        generator=torch.Generator(),  # the default one's state must not depend on a resume
+        pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
+    )

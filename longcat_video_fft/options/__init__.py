@@ -1,0 +1,1 @@
+"""Options of a run: what can be set, read and refused."""

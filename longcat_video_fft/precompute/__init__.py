@@ -1,0 +1,1 @@
+"""Caches of latents and text embeddings, made before training."""

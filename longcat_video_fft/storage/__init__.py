@@ -1,0 +1,1 @@
+"""Where objects lie: local folders and S3."""

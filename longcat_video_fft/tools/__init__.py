@@ -1,0 +1,1 @@
+"""Commands beside training: `python -m longcat_video_fft.tools.NAME`."""

@@ -1,0 +1,77 @@
+"""A moving average of the weights in float32, sharded as they are; better to look at than the last.
+
+    average <- d * average + (1 - d) * weights,    d = min(decay, (1 + n) / (10 + n)) at update n
+
+so that a young average forgets the start values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from longcat_video_fft.model.loading import official_name, reshard
+from longcat_video_fft.training.optimizer import local
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Ema:
+    """Build it from the loaded, sharded module. Costs 4 bytes a parameter."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = torch.zeros((), dtype=torch.int64)
+        self.averages: dict[str, Tensor] = {
+            name: param.detach().to(torch.float32, copy=True)
+            for name, param in named_parameters(module)
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Call after each optimizer step."""
+        n = int(self.num_updates)
+        rest = 1 - min(self.decay, (1 + n) / (10 + n))
+        for name, param in named_parameters(module):
+            local(self.averages[name]).lerp_(local(param).float(), rest)
+        self.num_updates += 1
+
+    @contextlib.contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[None]:
+        """The module has the averages for weights inside; its own wait in host memory."""
+        own = {
+            name: local(param).detach().to("cpu", copy=True)
+            for name, param in named_parameters(module)
+        }
+        self._fill(module, self.averages)
+        try:
+            yield
+        finally:
+            self._fill(module, own)
+
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, param in named_parameters(module):
+            local(param).copy_(local(values[name]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors themselves: what is read into them in place is loaded."""
+        return {"averages": self.averages, "num_updates": self.num_updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates.copy_(state["num_updates"])
+        for name, average in self.averages.items():
+            local(average).copy_(local(state["averages"][name]))
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trained parameters as they are sharded, by official name."""
+    reshard(module)
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            yield official_name(name), param

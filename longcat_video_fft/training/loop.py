@@ -1,0 +1,284 @@
+"""The loop: fetch, forward, backward, check, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from longcat_video_fft.model.flops import forward_flops, peak_flops
+from longcat_video_fft.model.flow_matching import apply_caption_dropout, prepare, sample_losses
+from longcat_video_fft.training.optimizer import lr_scale, set_lr
+from longcat_video_fft.training.parallel import all_sum, is_main_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from longcat_video_fft.dataset.latents import Batch, LatentDataset
+    from longcat_video_fft.model.flow_matching import Noised
+    from longcat_video_fft.options.config import TrainConfig
+    from longcat_video_fft.training.checkpoint import Checkpointer
+    from longcat_video_fft.training.parallel import Engine
+    from longcat_video_fft.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; every process stops before the step."""
+
+
+class Positions(Sampler[int]):
+    """This process's micro-batches of the steps from `start_step` to `stop_step`: accumulation
+    step, then process, so that a global batch is the same on any number of devices."""
+
+    def __init__(self, engine: Engine, *, start_step: int, stop_step: int) -> None:
+        self.per_step = engine.config.gradient_accumulation_steps * engine.dp_size
+        self.first = start_step * self.per_step + engine.dp_rank
+        self.last = stop_step * self.per_step
+        self.stride = engine.dp_size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last, self.stride))
+
+    def __len__(self) -> int:
+        return len(range(self.first, self.last, self.stride))
+
+
+def train(
+    engine: Engine,
+    dataset: LatentDataset,
+    config: TrainConfig,
+    *,
+    checkpointer: Checkpointer,
+    tracker: Tracker,
+    evaluate: Callable[[int], dict[str, float]],
+    start_step: int = 0,
+) -> bool:
+    """Trains to max_train_steps; False when a SIGTERM stopped it, after a checkpoint.
+
+    `evaluate` makes the validation of a step; every process calls it.
+
+    Raises:
+        NonFiniteError: on every process, before the step that would have used the values.
+    """
+    last_step = config.max_train_steps
+    batches = iter(_loader(engine, dataset, start_step, last_step))
+    empty_embeds, empty_mask = dataset.empty_caption()
+    empty = empty_embeds.to(engine.device), empty_mask.to(engine.device)
+    meter = Meter(engine)
+    stop = StopRequest()
+    bar = tqdm(
+        total=last_step, initial=start_step, desc="training", unit="step",
+        disable=not is_main_process(), dynamic_ncols=True, mininterval=1.0,
+    )  # fmt: skip
+    global_step = start_step
+    while global_step < last_step:
+        meter.start_fetch()
+        micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+        meter.end_fetch()
+        scale = lr_scale(
+            global_step,
+            total_steps=last_step,
+            warmup_steps=config.lr_warmup_steps,
+            kind=config.lr_scheduler,
+        )
+        lr = set_lr(engine.optimizer, scale)
+        sums = train_step(engine, micro_batches, empty, global_step=global_step)
+        global_step += 1
+        bar.update()
+        meter.add(micro_batches, sums)
+        if global_step % config.logging_steps == 0 or global_step == last_step:
+            metrics = meter.flush(lr, global_step)
+            tracker.log(metrics, step=global_step)
+            bar.set_postfix({"loss": f"{metrics['train/loss']:.3f}"})
+        is_last = global_step == last_step
+        must_stop = stop.is_requested()
+        is_due = global_step % config.checkpointing_steps == 0
+        if is_due or is_last or must_stop:
+            stall = checkpointer.save(global_step)
+            tracker.log({"speed/checkpoint_stall_s": stall}, step=global_step)
+        checkpointer.poll()
+        if must_stop:
+            logger.warning(
+                "stopped by a signal after step %d; go on with --resume_from_checkpoint latest",
+                global_step,
+            )
+            break
+        if global_step % config.validation_step_interval == 0 or is_last:
+            metrics = evaluate(global_step)
+            if metrics:
+                tracker.log(metrics, step=global_step)
+            meter.restart()
+    bar.close()
+    checkpointer.wait()
+    return global_step == last_step
+
+
+def train_step(
+    engine: Engine,
+    micro_batches: list[tuple[Batch, Noised]],
+    empty: tuple[torch.Tensor, torch.Tensor],
+    *,
+    global_step: int,
+) -> torch.Tensor:
+    """One optimizer step; returns the global (sum of losses, samples) as float64.
+
+    A sample counts the same whatever its length: the loss is the mean over the global batch of
+    each sample's mean, so that any split into processes and micro-batches gives one gradient.
+    """
+    samples = sum(len(batch.names) for batch, _ in micro_batches)
+    sums = torch.tensor([0.0, float(samples)], dtype=torch.float64)
+    count = all_sum(sums.clone())[1].item() / engine.config.context_parallel_size
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for batch, noised in micro_batches:
+        noised = noised.to(engine.device)
+        embeds, mask = apply_caption_dropout(batch, noised.keeps_caption, empty)
+        with engine.attention():
+            prediction = engine.module(
+                noised.hidden_states, noised.timestep, embeds[:, None], mask,
+                noised.num_cond_latents,
+            )  # fmt: skip
+            losses = sample_losses(prediction, noised)
+            engine.backward(losses.sum() / count)
+        total += losses.detach().sum()
+    norm = engine.clip()
+    sums[0] = total.item()  # the host waits here, and in clip, once a step
+    sums = all_sum(sums) / engine.config.context_parallel_size
+    where = f"at step {global_step + 1}"
+    if not math.isfinite(sums[0].item()):
+        raise NonFiniteError(
+            f"the loss is {sums[0].item()} {where}; nothing was stepped. Lower the learning rate, "
+            "or look at the data of this step; resume with --resume_from_checkpoint latest."
+        )
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"the gradient norm is {norm} {where}; nothing was stepped. Lower the learning rate; "
+            "resume with --resume_from_checkpoint latest."
+        )
+    engine.step()
+    return sums
+
+
+class Meter:
+    """Sums between two log lines, and the speed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+        self.peak = peak_flops(name)
+        self.seconds_per_step = float("nan")
+        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time since the last flush: it went elsewhere (validation)."""
+        self.started = time.perf_counter()
+        self.data_seconds = self.flops = 0.0
+        self.sums.zero_()
+        self.steps_since = 0
+
+    def start_fetch(self) -> None:
+        self.fetch_started = time.perf_counter()
+
+    def end_fetch(self) -> None:
+        self.data_seconds += time.perf_counter() - self.fetch_started
+
+    def add(self, micro_batches: list[tuple[Batch, Noised]], sums: torch.Tensor) -> None:
+        self.sums += sums
+        self.steps_since += 1
+        for batch, noised in micro_batches:
+            frames, height, width = batch.latents.shape[2:]
+            self.flops += 3 * len(batch.names) * forward_flops(
+                self.engine.module.config,
+                frames_latent=frames,
+                height_latent=height,
+                width_latent=width,
+                text_tokens=batch.caption_embeds.shape[1],
+                num_cond_latents=noised.num_cond_latents,
+            )  # fmt: skip
+
+    def flush(self, lr: float, global_step: int) -> dict[str, float]:
+        """Metrics since the last flush, over all processes; times of this one."""
+        engine = self.engine
+        seconds = time.perf_counter() - self.started  # train_step has waited for the device
+        loss_sum, samples = self.sums.tolist()
+        flops = all_sum(torch.tensor([self.flops]).double()).item()
+        flops /= engine.config.context_parallel_size
+        step_s = seconds / self.steps_since
+        # The first steps compile: an average that forgets them says when the run ends.
+        settled = math.isnan(self.seconds_per_step) or step_s < self.seconds_per_step
+        weight = 1.0 if settled else 0.1
+        last = 0.0 if math.isnan(self.seconds_per_step) else self.seconds_per_step
+        self.seconds_per_step = weight * step_s + (1 - weight) * last
+        left = engine.config.max_train_steps - global_step
+        metrics = {
+            "train/loss": loss_sum / samples,
+            "train/grad_norm": engine.grad_norm,
+            "train/lr": lr,
+            "speed/step_s": step_s,
+            "speed/data_s": self.data_seconds / self.steps_since,
+            "speed/compute_s": (seconds - self.data_seconds) / self.steps_since,
+            "speed/samples_per_sec": samples / seconds,
+            "speed/tflops_per_device": flops / seconds / dist.get_world_size() / 1e12,
+            "speed/hours_left": left * self.seconds_per_step / 3600,
+        }
+        if self.peak is not None:
+            metrics["speed/mfu"] = flops / seconds / (self.peak * dist.get_world_size())
+            metrics["speed/peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["speed/reserved_mem_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.restart()
+        return metrics
+
+
+class StopRequest:
+    """Remembers a SIGTERM, and tells it to all processes at a step boundary."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+
+    def is_requested(self) -> bool:
+        return all_sum(torch.tensor([float(self.seen)]))[0].item() > 0
+
+
+def ignore_sigterm(_: int) -> None:
+    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class WithNoise:
+    """What a loader's worker makes of a micro-batch: the batch and its noise, on the CPU."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def __call__(self, batch: Batch) -> tuple[Batch, Noised]:
+        return batch, prepare(batch, self.config, torch.device("cpu"))
+
+
+def _loader(
+    engine: Engine, dataset: LatentDataset, start_step: int, stop_step: int
+) -> DataLoader[Any]:
+    config = engine.config
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is a micro-batch
+        sampler=Positions(engine, start_step=start_step, stop_step=stop_step),
+        collate_fn=WithNoise(config),  # pyright: ignore[reportArgumentType]
+        num_workers=config.dataloader_num_workers,
+        worker_init_fn=ignore_sigterm,
+        generator=torch.Generator(),  # the default one's state must not depend on a resume
+        pin_memory=engine.device.type == "cuda",
+        persistent_workers=False,
+    )

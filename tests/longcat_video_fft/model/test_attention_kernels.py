@@ -1,0 +1,68 @@
+"""The choice of attention's kernel; FlashAttention-4 where there is a GPU and the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longcat_video_fft.model import attention
+from longcat_video_fft.model.attention import attend
+from longcat_video_fft.model.attention_kernels import (
+    attend_flash4,
+    chosen_backend,
+    flash4,
+    resolve,
+    use_backend,
+)
+from longcat_video_fft.options.config_rules import is_installed
+
+needs_flash4 = pytest.mark.skipif(
+    not torch.cuda.is_available() or not is_installed("flash-attn-4"),
+    reason="needs a GPU and flash-attn-4",
+)
+
+
+def test_a_cpu_leaves_it_to_torch() -> None:
+    cpu = torch.device("cpu")
+    assert resolve("diffusers", 128, cpu) == "diffusers"
+    assert resolve("math", 128, cpu) == "math"
+    assert chosen_backend("diffusers", 64, torch.bfloat16, cpu) == "flash"
+    assert chosen_backend("math", 64, torch.bfloat16, cpu) == "math"
+
+
+def test_flash4_is_in_force_inside_alone() -> None:
+    with use_backend("flash4"):
+        assert attention.kernel is attend_flash4
+        with use_backend("math"):
+            assert attention.kernel is None
+        assert attention.kernel is attend_flash4
+        # float32 and masks are not for it: torch's own do those.
+        q = torch.randn(1, 2, 8, 64)
+        attend(q, q, q)
+        attend(*[q.bfloat16()] * 3, key_mask=torch.ones(1, 8))
+    assert attention.kernel is None
+
+
+@pytest.mark.gpu
+@needs_flash4
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (700, 96)])
+def test_flash4_against_float32(queries: int, keys: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, queries, 4, 128), (2, keys, 4, 128), (2, keys, 4, 128)]
+    q, k, v = (torch.randn(shape, device="cuda").transpose(1, 2) for shape in shapes)
+    grad = torch.randn_like(q)
+    expected = both_ways(attend, q, k, v, grad)
+    function = torch.compile(attend_flash4, fullgraph=True) if compiled else attend_flash4
+    found = both_ways(function, *(x.bfloat16() for x in (q, k, v, grad)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+    assert resolve("diffusers", 128, torch.device("cuda")) == "flash4"
+    torch.library.opcheck(flash4, (q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+def both_ways(function, q, k, v, grad) -> list[torch.Tensor]:  # pyright: ignore
+    """The result and the three gradients."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]

@@ -1,0 +1,51 @@
+"""What a sample says and shows, turn by turn: what `preprocess_function` of train_ds.py makes.
+
+template.py turns it into streams. Imports nothing that takes long, as train_ds.py begins with it.
+
+N codec frames of a segment, S audio streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vss_longcat_omni.dataset.interleave import Part
+
+
+@dataclass(frozen=True)
+class TextItem:
+    text: str
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """Sound, pictures or both, as interleave.py plans them."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Speech up to a pause.
+
+    `text` None: no transcript is known and the text stream is all pads (text-pad-only). The model
+    then learns to speak without a text to follow, so the caller has to choose it.
+    """
+
+    text: str | None
+    codes: Tensor  # (N, S) int64 raw codes
+
+
+@dataclass(frozen=True)
+class VoiceItem:
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Literal["system", "user", "assistant", "voice assistant"]
+    items: tuple[TextItem | MediaItem | VoiceItem, ...]

@@ -1,0 +1,100 @@
+"""Generated rows -> the answer's text and its codec codes, whole and segment by segment.
+
+Place in the data flow: generate.py and tools/judge.py hand over what was generated; the codes go on
+to speech/codec.py. The inverse of a spoken answer in dataset/template.py. Rules of
+post_process/unified_post_processor.py (meituan-longcat/LongCat-Flash-Omni).
+
+R generated rows, S audio streams, N codec frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vss_longcat_omni.dataset.special_tokens import EOS_TOKEN, PAUSE_TOKEN, name_mask_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vss_longcat_omni.dataset.special_tokens import CodecIds, SpecialTokens
+
+
+@dataclass(frozen=True)
+class SpokenSegment:
+    text: str
+    codes: Tensor  # (N, S) raw codes
+    is_finished: bool  # False: cut before the semantic EOS
+
+
+@dataclass(frozen=True)
+class SpokenAnswer:
+    text: str
+    segments: tuple[SpokenSegment, ...]
+
+    @property
+    def codes(self) -> Tensor:
+        """(N, S) raw codes of all segments, one after the other."""
+        return torch.cat([segment.codes for segment in self.segments])
+
+    @property
+    def is_finished(self) -> bool:
+        return all(segment.is_finished for segment in self.segments)
+
+
+def read_answer(
+    text_ids: Tensor, audio_rows: Tensor, tokenizer: Any, *, tokens: SpecialTokens
+) -> SpokenAnswer:
+    """The answer of (R,) text ids and (R, S) audio ids, generated side by side.
+
+    Text pads and bos are dropped first, which the official post-processor leaves in the text: its
+    server never hands over a pad. A frame with a reserved id among its codes is dropped too; it has
+    no code that the codec could decode.
+    """
+    if len(text_ids) != len(audio_rows) or len(text_ids) == 0:
+        raise ValueError(
+            f"{len(text_ids)} text ids beside {len(audio_rows)} audio rows: an answer needs as "
+            "many of each, and at least one"
+        )
+    codec = tokens.codec
+    is_word = (text_ids != tokens.pad) & (text_ids != tokens.bos)
+    ends = (audio_rows[:, 0] == codec.eos).nonzero().flatten().add(1).tolist()
+    stops = ends if ends and ends[-1] == len(audio_rows) else [*ends, len(audio_rows)]
+    segments = []
+    for start, stop in zip([0, *stops], stops, strict=False):
+        words = text_ids[start:stop][is_word[start:stop]].tolist()
+        codes = undo_delay(audio_rows[start:stop], codec=codec) - codec.offset
+        segments.append(
+            SpokenSegment(
+                text=decode_text(words, tokenizer),
+                codes=codes[(codes >= 0).all(dim=1)],
+                is_finished=stop in ends,
+            )
+        )
+    return SpokenAnswer(decode_text(text_ids[is_word].tolist(), tokenizer), tuple(segments))
+
+
+def undo_delay(audio_rows: Tensor, *, codec: CodecIds) -> Tensor:
+    """(R, S) rows -> (N, S) frames, offset kept: semantic id of a row, acoustic ids of the next.
+
+    Rows with the semantic EOS begin no frame, nor does the last row, whose acoustic codes were
+    never generated.
+    """
+    frames = torch.cat([audio_rows[:-1, :1], audio_rows[1:, 1:]], dim=1)
+    return frames[frames[:, 0] != codec.eos]
+
+
+def decode_text(text_ids: Sequence[int], tokenizer: Any) -> str:
+    """Clean text of generated ids; those below 1 are none (the official server's rows of sound)."""
+    kept = [token_id for token_id in text_ids if token_id > 0]
+    raw = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return clean_text(name_mask_tokens(raw))
+
+
+def clean_text(text: str) -> str:
+    """A space for the pause after a full stop, no other pause, no end token; a bos stays."""
+    text = text.replace(f".{PAUSE_TOKEN}", ". ")
+    return text.replace(PAUSE_TOKEN, "").replace(EOS_TOKEN, "").strip()

@@ -1,1 +1,0 @@
-"""LongCat-Audio-Codec, our own code under the official parameter names; `codec.py` is the door."""

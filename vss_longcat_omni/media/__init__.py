@@ -1,0 +1,1 @@
+"""Videos, pictures and sound, from file to tensor."""

@@ -1,0 +1,161 @@
+"""What is trained, on what: our own options, and what can be said of them at once.
+
+training_arguments.py adds Hugging Face's. Torch and transformers, which take seconds to import, are
+not imported here: a mistake in these options is told in the first second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from vss_longcat_omni.dataset.folders import find_split
+from vss_longcat_omni.options.lora_targets import LORA_TARGETS, translate_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vss_longcat_omni.model.loss import LossWeights
+
+SamplingRule = Literal["multimodal_interleaved", "video", "plain_2fps"]
+TUNINGS = ("lora", "full")
+TRANSCRIPTS = ("file", "none")
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What is trained, on what.
+
+    Attributes:
+        model_name_or_path: a folder, or a hub id (1.1 TB are downloaded, once a node).
+        data_dir: holds training/ (or train/) and perhaps test/.
+        cache_dir: prepared frames, features and codes; made once, used by every run.
+        codec: folder of a speech codec. None: the embedded one, fitted to the answers and kept in
+            cache_dir/codec.
+        transcripts: "file": every answer has its output.txt, or a transcript of tools/transcribe.py
+        in
+            the cache. "none": the text stream is all pads, and the model learns to speak without a
+            text to follow.
+        tuning: "lora", or "full": everything, for small models.
+        train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
+            holds them.
+        frame_sampling: which frames of a video are seen (media/frame_sampling.py).
+        use_audio_track: a video's own sound, where it has one, is heard before the question.
+        max_vision_tokens: of one sample, after pooling.
+        max_tokens: of one micro-batch when packing.
+        packing: fill micro-batches up to max_tokens; else per_device_train_batch_size samples of
+            like length.
+        text_loss_weight, audio_loss_weight, semantic_loss_weight: see model/loss.py.
+        system_prompt: text of a system turn before the question; empty: none.
+        prepare_only: stop when frames, features and codes are in the cache.
+        force: train although the plan says that it cannot fit.
+    """
+
+    model_name_or_path: str = "meituan-longcat/LongCat-Flash-Omni"
+    data_dir: str = "data"
+    cache_dir: str = "cache"
+    codec: str | None = None
+    transcripts: str = "file"
+    tuning: str = "lora"
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    train_projectors: bool = False
+    train_audio_heads: bool = False
+    frame_sampling: str = "multimodal_interleaved"
+    use_audio_track: bool = False
+    max_vision_tokens: int = 28672
+    max_tokens: int = 8192
+    packing: bool = True
+    text_loss_weight: float = 1.5
+    audio_loss_weight: float = 0.25
+    semantic_loss_weight: float = 0.1
+    system_prompt: str = ""
+    prepare_only: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("tuning", self.tuning, TUNINGS)
+        _check_choice("transcripts", self.transcripts, TRANSCRIPTS)
+        _check_choice("frame_sampling", self.frame_sampling, get_args(SamplingRule))
+        for name in ("lora_r", "lora_alpha", "max_tokens", "max_vision_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1.")
+        weights = (self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"text_loss_weight, audio_loss_weight, semantic_loss_weight={weights}: give none "
+                "below 0 and at least one above."
+            )
+        self.lora_target_modules = list(translate_targets(self.lora_target_modules))
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        from vss_longcat_omni.model.loss import LossWeights
+
+        return LossWeights(self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Says what is wrong with the command line as far as it is ours; all else, --help too, is read
+    later.
+
+    Raises:
+        ValueError: a value that cannot be, a file that cannot be read, no folder of samples.
+    """
+    if {"-h", "--help"} & set(words):
+        return
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name, kind in get_type_hints(RunArguments).items():
+        if kind is not bool:
+            is_list = get_origin(kind) is list
+            kind = kind if kind in (int, float) else str
+            parser.add_argument(f"--{name}", type=kind, nargs="+" if is_list else None)
+    parser.add_argument("--deepspeed")
+    given = vars(parser.parse_known_args(expand_config(words))[0])
+    deepspeed = given.pop("deepspeed", "")
+    if deepspeed and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+        raise ValueError(f'deepspeed={deepspeed}: no such file; "" trains without DeepSpeed.')
+    find_split(Path(RunArguments(**given).data_dir))
+
+
+def expand_config(words: Sequence[str]) -> list[str]:
+    """`--config FILE` replaced by the file's keys as flags, so that later flags win."""
+    words = list(words)
+    if "--config" not in words:
+        return words
+    at = words.index("--config")
+    if at + 1 == len(words):
+        raise ValueError("--config: needs a JSON file.")
+    path = Path(words[at + 1])
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--config {path}: no such file.") from error
+    except ValueError as error:
+        raise ValueError(f"--config {path}: not readable as JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must be a JSON object.")
+    flags = [word for key, value in values.items() for word in _as_flag(key, value)]
+    return flags + words[:at] + words[at + 2 :]
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}.")

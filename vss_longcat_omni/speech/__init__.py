@@ -1,0 +1,1 @@
+"""Speech: audio files, units and codecs, voices."""

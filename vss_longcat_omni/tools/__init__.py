@@ -1,0 +1,1 @@
+"""Commands beside training: `python -m vss_longcat_omni.tools.NAME`."""

@@ -1,0 +1,297 @@
+"""Hugging Face's Trainer with this model's batches, loss, metrics and saved files.
+
+Follows dataset/collator.py; train_ds.py builds it. The Trainer's own loop, callbacks, trackers and
+DeepSpeed set-up stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from vss_longcat_omni.dataset.collator import collate, count_targets
+from vss_longcat_omni.dataset.sampler import MicroBatchSampler, group_by_length, pack
+from vss_longcat_omni.media.cmvn import CMVN_NAME
+from vss_longcat_omni.media.fbank import CONFIG_NAME
+from vss_longcat_omni.model.loss import LossSums, combine
+from vss_longcat_omni.model.saving import save_config, save_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from vss_longcat_omni.dataset.examples import VssDataset
+    from vss_longcat_omni.model.omni import OmniOutput
+    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
+
+logger = logging.getLogger(__name__)
+
+TERMS = ("text", "audio", "semantic")
+TRAINED_MODULES = "trained_modules.safetensors"  # what is trained beside the adapters
+
+
+class OmniTrainer(Trainer):
+    """`run` says how samples form micro-batches, `model_folder` is what training starts from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: OmniTrainingArguments,
+        run: RunArguments,
+        *,
+        model_folder: Path,
+        train_dataset: VssDataset,
+        eval_dataset: VssDataset | None = None,
+        tokenizer: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.run, self.model_folder = run, model_folder
+        stop = StopOnSignal()
+        super().__init__(
+            model=model,  # pyright: ignore[reportArgumentType]
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collate,  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+            callbacks=[stop, *(callbacks or [])],
+        )
+        self.stop = stop
+        # The loss is divided by the whole step's counts, so nothing is left to divide by.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        """Of what was trained on since the last log, in this process."""
+        self.sums = torch.zeros(3, len(TERMS), dtype=torch.float64)  # losses, counts, right ones
+        self.num_tokens = 0
+        self.sums_since = time.perf_counter()
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset: Any = self.train_dataset
+        return self._loader(dataset, seed=self.args.data_seed or self.args.seed)
+
+    def _loader(self, dataset: VssDataset, *, seed: int) -> DataLoader:
+        """This process's micro-batches; not accelerate's, which would divide them once more."""
+        if self.run.packing:
+            batches = pack(dataset.lengths, self.run.max_tokens, seed=seed)
+        else:
+            size = self.args.per_device_train_batch_size
+            batches = group_by_length(dataset.lengths, size, seed=seed)
+        sampler = MicroBatchSampler(
+            batches, num_processes=self.args.world_size, rank=self.args.process_index, seed=seed
+        )
+        return EpochLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=False,
+            worker_init_fn=_leave_signals_to_the_trainer,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """A step's micro-batches, and the (3,) targets that all processes have in them."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = sum((count_targets(batch) for batch in batches), start=torch.zeros(len(TERMS)))
+        return batches, sum_over_processes(counts.to(device))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This process's share of the step's loss, times the processes: these are averaged.
+
+        Raises:
+            FloatingPointError: in every process, when the loss of one is no number.
+        """
+        outputs = model(**inputs, num_targets=num_items_in_batch)
+        loss = outputs.loss * self.args.world_size
+        is_bad = (~torch.isfinite(loss.detach())).float()
+        if sum_over_processes(is_bad).item():
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss is not a finite number. The last "
+                "checkpoint is untouched; lower learning_rate, or look for a broken sample."
+            )
+        self.sums += stack_sums(outputs)
+        self.num_tokens += len(inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._metrics()
+        super().log(logs, start_time)
+
+    def _metrics(self) -> dict[str, float]:
+        """Loss and accuracy of each term and tokens a second, over all processes; all take part."""
+        seconds = time.perf_counter() - self.sums_since
+        rate = torch.tensor([self.num_tokens / seconds], dtype=torch.float64)
+        flat = torch.cat([self.sums.flatten(), rate]).to(self.args.device)
+        *sums, tokens_per_sec = sum_over_processes(flat).tolist()
+        self._reset_sums()
+        metrics = describe(torch.tensor(sums).view(3, -1)) | {"tokens_per_sec": tokens_per_sec}
+        if torch.cuda.is_available():
+            metrics["peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return metrics
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The loss of each term over the whole set, each sample once, whatever the processes."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader: Any = self._loader(dataset, seed=self.args.seed)
+        num_batches = len(loader.batch_sampler.batches)
+        sums = torch.zeros(3, len(TERMS), dtype=torch.float64)
+        model: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        model.eval()
+        for step, batch in enumerate(loader):
+            with torch.no_grad():
+                outputs = model(**self._prepare_inputs(batch))
+            if step * self.args.world_size + self.args.process_index < num_batches:  # no repeat
+                sums += stack_sums(outputs)
+        sums = sum_over_processes(sums.to(self.args.device)).cpu()
+        found = describe(sums)
+        found["loss"] = combine(LossSums(*sums), sums[1], self.run.loss_weights).item()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of LoRA the adapter, in PEFT's format, and what else is trained in a file of its own.
+
+        Of a model trained whole, at the end, a folder in the released layout.
+        """
+        folder = Path(str(output_dir or self.args.output_dir))
+        is_end = folder == Path(str(self.args.output_dir))
+        if self.run.tuning == "full" and is_end:
+            if self.args.should_save:
+                self._save_whole(folder, state_dict)
+            return
+        super()._save(output_dir, state_dict)
+        if self.run.tuning == "lora" and self.args.should_save:
+            model: Any = self.model
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            beside = {
+                name.removeprefix("base_model.model."): (state_dict or trained)[name].detach().cpu()
+                for name in trained
+                if ".lora_" not in name
+            }
+            if beside:
+                save_file(beside, folder / TRAINED_MODULES)
+
+    def _save_whole(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """What `load_weights` reads, with tokenizer and filter-bank settings."""
+        model: Any = self.model
+        save_config(model.config, folder)
+        save_weights(state_dict or model.state_dict(), folder)
+        tokenizer: Any = self.processing_class
+        tokenizer.save_pretrained(folder)
+        for name in (CONFIG_NAME, CMVN_NAME):
+            shutil.copyfile(self.model_folder / "audio" / name, folder / "audio" / name)
+        torch.save(self.args, folder / "training_args.bin")
+
+
+class EpochLoader(DataLoader):
+    """Tells its sampler the epoch, as accelerate's loaders do."""
+
+    def set_epoch(self, epoch: int) -> None:
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or SIGUSR1 to any process: all save a checkpoint after the step, and stop."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.has_stopped = False  # the same in all processes
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        logger.warning("signal %d: a checkpoint will be saved after this step", number)
+        self.is_asked = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        asked = torch.tensor(float(self.is_asked), device=args.device)
+        if sum_over_processes(asked).item():
+            self.has_stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The tensor itself, added up over all processes, which all take part."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def stack_sums(outputs: OmniOutput) -> Tensor:
+    """(3, terms) float64 on the CPU: losses, counts and right ones of a micro-batch."""
+    rows: Any = [outputs.losses, outputs.counts, outputs.num_correct]
+    return torch.stack(rows).double().cpu()
+
+
+def describe(sums: Tensor) -> dict[str, float]:
+    """Loss (nats a target) and accuracy of each term that has targets, from (3, terms) sums."""
+    found = {}
+    for term, (loss, count, num_correct) in zip(TERMS, sums.T.tolist(), strict=True):
+        if count:
+            found[f"{term}_loss"] = loss / count
+            found[f"{term}_accuracy"] = num_correct / count
+    return found
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint named, or with "latest" the last whole one of the run.
+
+    Raises:
+        ValueError: there is none. trainer_state.json is written last, so a folder without it was
+            cut off.
+    """
+    if wanted != "latest":
+        path = Path(wanted)
+        if not (path / "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint: {path} is no whole checkpoint of a run.")
+        return path
+    found = [p.parent for p in output_dir.glob("checkpoint-*/trainer_state.json")]
+    numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdigit()]
+    if not numbered:
+        raise ValueError(f"resume_from_checkpoint=latest: {output_dir} holds no whole checkpoint.")
+    return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """SLURM signals every process of a job; a worker that dies would end the run without saving."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
