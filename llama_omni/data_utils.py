@@ -1,50 +1,115 @@
-"""From records to batches: prompt, labels, mel frames and target units, right-padded.
+"""From a dataset to batches: prompt, labels, mel frames and target units, right-padded.
 
-Place in the data flow: records (dataset/records.py) -> samples -> batches (training/loop.py). Text
-is made by dataset/prompt.py, mel by speech/audio.py, both here in the DataLoader's workers; units
-were extracted before.
+Place in the data flow: dataset file -> records (dataset/records.py), checked (dataset/check.py) ->
+samples -> batches (dataset/batch.py; training/loop.py). Units are extracted first
+(dataset/units.py). Text is made by dataset/prompt.py, mel by speech/audio.py, both in the
+DataLoader's workers.
 
     python -m llama_omni.data_utils check DATA [--stage 2] [--tokenizer FOLDER]
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from llama_omni.dataset.batch import IGNORE_INDEX, Batch
 from llama_omni.dataset.check import scan_records
-from llama_omni.dataset.prompt import (
-    IGNORE_INDEX,
-    SPEECH_TOKEN_INDEX,
-    pad_token_id,
-    tokenize_conversation,
-    tokenize_prompt,
-)
+from llama_omni.dataset.prompt import tokenize_conversation
+from llama_omni.dataset.records import BadRecord, Record, read_records
 from llama_omni.dataset.sampler import FILLER
+from llama_omni.dataset.units import prepare_units
 from llama_omni.speech.audio import compute_mel, load_audio, num_speech_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from llama_omni.dataset.records import Record, Turn
+    from llama_omni.dataset.record_formats import Turn
+    from llama_omni.options.config import TrainConfig
 
-__all__ = [
-    "IGNORE_INDEX",
-    "SPEECH_TOKEN_INDEX",
-    "Batch",
-    "Sample",
-    "SpeechInstructionDataset",
-    "collate",
-    "pad_token_id",
-    "scan_records",
-    "tokenize_conversation",
-    "tokenize_prompt",
-]
+logger = logging.getLogger("llama_omni.data_utils")
+
+SHOWN_BAD_RECORDS = 20
+
+
+def build_dataset(
+    config: TrainConfig, path: str, *, tokenizer: Any, features: Any, device: torch.device
+) -> SpeechInstructionDataset:
+    """Reads and checks records, gets their units in stage 2; all processes call it.
+
+    Raises:
+        ValueError: there are bad records (all are logged) and `skip_bad_records` is false, or no
+            good record is left.
+    """
+    records, bad = read_records(
+        Path(path), needs_units=config.stage == 2, unit_vocab_size=config.unit_vocab_size
+    )
+    bad += _scan_once(config, records, tokenizer)
+    bad = sorted((b for b in bad if not b.is_warning), key=lambda b: b.line)
+    records = drop_bad(config, path, records, bad)
+    units = None
+    if config.stage == 2:
+        units = prepare_units(config, records, Path(str(config.output_dir)), device)
+    return SpeechInstructionDataset(
+        records,
+        tokenizer,
+        feature_extractor=features,
+        ds_rate=config.speech_encoder_ds_rate,
+        labelled="all" if config.stage == 1 else "last",
+        units=units,
+        pad_audio_to_30s=config.pad_audio_to_30s,
+        max_length=config.model_max_length,
+    )
+
+
+def _scan_once(config: TrainConfig, records: list[Record], tokenizer: Any) -> list[BadRecord]:
+    """Bad records by audio headers and token counts; one process looks and tells the others."""
+    found: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found[0] = scan_records(
+            records,
+            tokenizer=tokenizer,
+            max_length=config.model_max_length,
+            ds_rate=config.speech_encoder_ds_rate,
+            unit_vocab_size=config.unit_vocab_size,
+            ctc_upsample_factor=config.ctc_upsample_factor,
+            stage=config.stage,
+            pad_audio_to_30s=config.pad_audio_to_30s,
+            decode=False,
+        )
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def drop_bad(
+    config: TrainConfig, path: str, records: list[Record], bad: list[BadRecord]
+) -> list[Record]:
+    """The records that are not bad; stops when some are, unless told to skip them."""
+    for record in bad[:SHOWN_BAD_RECORDS]:
+        logger.warning("bad record %s", record)
+    if len(bad) > SHOWN_BAD_RECORDS:
+        logger.warning("... and %d more", len(bad) - SHOWN_BAD_RECORDS)
+    if bad and not config.skip_bad_records:
+        raise ValueError(
+            f"{path}: {len(bad)} bad record(s), first {bad[0]}. Mend them (`python -m "
+            f"llama_omni.data_utils check {path}` lists all), or give --skip_bad_records."
+        )
+    bad_places = {(b.source, b.line) for b in bad}
+    good = [r for r in records if (r.source, r.line) not in bad_places]
+    if bad:
+        logger.warning("skipped %d bad record(s), %d are left", len(bad), len(good))
+    if not good:
+        raise ValueError(f"{path}: no usable record is left.")
+    return good
 
 
 @dataclass
@@ -55,40 +120,6 @@ class Sample:
     labels: list[int]  # (T,)
     mels: list[torch.Tensor]  # a clip each turn: (n_mels, F)
     tgt_units: list[int] | None  # (U,)
-
-
-@dataclass
-class Batch:
-    """Samples padded on the right; the clips of all turns of all samples stand in order."""
-
-    input_ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64, IGNORE_INDEX where nothing is learned
-    speech: torch.Tensor  # (S, n_mels, F) float32
-    speech_lengths: torch.Tensor  # (S,) int64, mel frames
-    tgt_units: torch.Tensor | None  # (B, U) int64, IGNORE_INDEX as padding
-
-    @property
-    def num_label_tokens(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    @property
-    def num_units(self) -> int:
-        return 0 if self.tgt_units is None else int((self.tgt_units != IGNORE_INDEX).sum())
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:  # called by the DataLoader
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(
-            change(self.input_ids),
-            change(self.labels),
-            change(self.speech),
-            change(self.speech_lengths),
-            None if self.tgt_units is None else change(self.tgt_units),
-        )
 
 
 class SpeechInstructionDataset(Dataset[Sample]):

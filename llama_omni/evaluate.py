@@ -46,6 +46,7 @@ from llama_omni.inference.answering import (
     join_parts,
 )
 from llama_omni.inference.metrics import Result, edit_distance, format_table, summarise
+from llama_omni.model.loading import WEIGHTS
 from llama_omni.options.hub import resolve_artifact
 from llama_omni.speech.audio import load_audio, resample, save_audio
 from llama_omni.speech.recognizer import (
@@ -56,17 +57,17 @@ from llama_omni.speech.recognizer import (
     load_recogniser,
     load_utmos,
 )
-from llama_omni.stage1_trainer import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from llama_omni.dataset.records import Record, Turn
+    from llama_omni.dataset.record_formats import Turn
+    from llama_omni.dataset.records import Record
+    from llama_omni.speech.quantizer import Quantizer
     from llama_omni.speech.recognizer import Recogniser
     from llama_omni.speech.vocoder import Voice
-    from llama_omni.units import Quantizer
 
 logger = logging.getLogger("llama_omni.evaluate")
 
@@ -91,7 +92,8 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     with_silence: bool = False,
 ) -> dict[str, Any]:
-    """The summary of metrics.py. results.jsonl grows line by line: a run that dies leaves them.
+    """The summary of inference/metrics.py. results.jsonl grows line by line: a run that dies leaves
+    them.
 
     Answers are streamed where there is a voice, for the sake of the latency; units and waveform
     are those of whole answers. `with_silence` asks each question again with all samples zero.
@@ -244,7 +246,7 @@ def choose_quantizer(
 ) -> Quantizer | None:
     """Makes units of the answers' speech; None, with a warning, where its parts are missing."""
     from llama_omni.speech.kmeans import read_kmeans
-    from llama_omni.units import load_quantizer
+    from llama_omni.speech.quantizer import load_quantizer
 
     config, _ = read_omni_config(folder)
     if not getattr(config, "speech_generator_type", None):

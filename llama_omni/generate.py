@@ -36,18 +36,22 @@ from llama_omni.inference.answering import (
     answer_streaming,
     join_parts,
 )
-from llama_omni.model.loading import CheckpointReader, encoder_shape, load_weights
+from llama_omni.model.loading import (
+    WEIGHTS,
+    CheckpointReader,
+    encoder_shape,
+    load_weights,
+    read_llama_config,
+)
 from llama_omni.model.omni import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
 from llama_omni.options.hub import resolve_artifact
 from llama_omni.speech.audio import audio_duration, load_audio, load_feature_extractor, save_audio
-from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llama_omni.speech.vocoder import Voice
 
-__all__ = ["Answer", "AnswerPart", "answer", "answer_streaming", "load_omni_model"]
 
 logger = logging.getLogger("llama_omni.generate")
 

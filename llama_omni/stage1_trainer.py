@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
 
-from llama_omni.model.loading import CheckpointReader, encoder_shape
+from llama_omni.model.loading import WEIGHTS, CheckpointReader, encoder_shape, read_llama_config
 from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
 from llama_omni.model.speech_encoder import rename_hf_key
 from llama_omni.options.hub import resolve_artifact
-from llama_omni.training.loop import Objective
+from llama_omni.training.meter import Objective
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
 
     from llama_omni.options.config import TrainConfig
 
-OBJECTIVE = Objective(
-    task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"
-)
-# Whisper-large-v3 also holds fp32 copies of all its weights under other names.
-WEIGHTS = ("*.json", "model.safetensors", "model-*.safetensors", "kmeans.safetensors")
 LORA_TARGETS = r"model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """Mean cross-entropy a token of the answers over the global batch."""
+    return Objective(
+        task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"
+    )
 
 
 def find_sources(config: TrainConfig) -> tuple[Path, Path]:
@@ -66,20 +67,6 @@ def build_model(
     if config.lora_enable:
         add_lora(model, config)
     return model, readers
-
-
-def read_llama_config(folder: Path) -> LlamaConfig:
-    """Raises ValueError when the folder holds no Llama-shaped model."""
-    try:
-        base = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no readable config.json ({error}).") from None
-    if not isinstance(base, LlamaConfig):
-        raise ValueError(
-            f"{folder}: a {base.model_type} model; LLaMA-Omni is built on a Llama. Give the folder "
-            "or hub id of a Llama, e.g. meta-llama/Llama-3.1-8B-Instruct."
-        )
-    return base
 
 
 def check_encoder_sizes(config: TrainConfig, shape: dict[str, int], folder: Path) -> None:

@@ -1,34 +1,29 @@
 """Stage 2, speech generation: trains the speech generator alone, by CTC over discrete units.
 
 Targets are units of the answers' speech: the records' own, or extracted once before training (see
-`units.py`). `train.py` puts the parts together.
+`dataset/units.py`). `train.py` puts the parts together.
 """
 
 from __future__ import annotations
 
-import logging
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from llama_omni.model.loading import CheckpointReader, encoder_shape
+from llama_omni.model.loading import WEIGHTS, CheckpointReader, encoder_shape, read_llama_config
+from llama_omni.model.loss import count_infeasible
 from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
-from llama_omni.model.speech_generator import count_infeasible
 from llama_omni.options.hub import resolve_artifact
-from llama_omni.stage1_trainer import WEIGHTS, read_llama_config
-from llama_omni.training.loop import Objective
+from llama_omni.training.meter import Objective
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
-    from llama_omni.data_utils import Batch
-    from llama_omni.dataset.records import Record
+    from llama_omni.dataset.batch import Batch
     from llama_omni.options.config import TrainConfig
-
-logger = logging.getLogger(__name__)
 
 
 def build_objective(config: TrainConfig) -> Objective:
@@ -92,45 +87,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     assert named
     assert all(name.startswith("speech_generator.") for name, _ in named)
     return [{"params": [param for _, param in named], "lr": config.learning_rate}]
-
-
-def prepare_units(
-    config: TrainConfig, records: list[Record], output_dir: Path, device: torch.device
-) -> dict[str, list[int]]:
-    """Units of every answer that has none in its record, extracted by all processes and cached.
-
-    Raises:
-        ValueError: the k-means has another number of units than `unit_vocab_size`.
-    """
-    from llama_omni.units import extract_units, load_quantizer, load_unit_cache
-
-    kmeans = resolve_artifact(str(config.kmeans_model_path), field="kmeans_model_path")
-    hubert = config.hubert_model_path and resolve_artifact(
-        config.hubert_model_path, field="hubert_model_path"
-    )
-    quantizer = load_quantizer(kmeans, hubert_path=hubert or None, device=device)
-    if quantizer.num_units != config.unit_vocab_size:
-        raise ValueError(
-            f"{config.source}: unit_vocab_size={config.unit_vocab_size}, but {kmeans} has "
-            f"{quantizer.num_units} units. Set unit_vocab_size to {quantizer.num_units}."
-        )
-    cache_dir = Path(config.unit_cache_dir) if config.unit_cache_dir else output_dir / "units"
-    paths = sorted(
-        {
-            turn.answer_speech_path
-            for record in records
-            for turn in record.turns
-            if turn.answer_speech_path is not None
-            and (turn.tgt_units is None or not config.has_tgt_units)
-        }
-    )
-    extract_units(
-        paths, quantizer, cache_dir, rank=dist.get_rank(), world_size=dist.get_world_size()
-    )
-    dist.barrier()
-    cached = load_unit_cache(cache_dir)
-    keys = {str(path): str(path.resolve()) for path in paths}
-    return {path: cached[key] for path, key in keys.items() if key in cached}
 
 
 def add_kmeans(config: TrainConfig, final_model: Path) -> None:

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"error: {error}\n")
         return 2
     # Heavy imports wait until the config is known to be sound.
-    from llama_omni.training.loop import NonFiniteError
-    from llama_omni.training.parallel import init_processes, is_main_process
+    from llama_omni.training.distributed import init_processes, is_main_process
+    from llama_omni.training.meter import NonFiniteError
 
     device = init_processes()
     start_logging(is_main=is_main_process())
@@ -76,19 +76,18 @@ def run(config: TrainConfig, device: torch.device) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from llama_omni import stage1_trainer, stage2_trainer
-    from llama_omni.data_utils import collate, pad_token_id
+    from llama_omni.data_utils import build_dataset, collate
+    from llama_omni.dataset.prompt import pad_token_id
     from llama_omni.model.loading import load_weights, save_released
-    from llama_omni.prepare_data import build_dataset
     from llama_omni.speech.audio import load_feature_extractor
     from llama_omni.training.checkpoint import check_disk, find_checkpoint, load_checkpoint
+    from llama_omni.training.distributed import is_main_process
     from llama_omni.training.loop import train
-    from llama_omni.training.parallel import compute_dtype, is_main_process
+    from llama_omni.training.parallel import compute_dtype
     from llama_omni.training.tracker import Tracker
 
     stage = stage1_trainer if config.stage == 1 else stage2_trainer
-    objective = (
-        stage1_trainer.OBJECTIVE if config.stage == 1 else stage2_trainer.build_objective(config)
-    )
+    objective = stage.build_objective(config)
     output_dir = Path(str(config.output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)

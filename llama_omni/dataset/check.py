@@ -25,7 +25,7 @@ from llama_omni.speech.audio import audio_duration, num_mel_frames, num_speech_t
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llama_omni.dataset.records import Turn
+    from llama_omni.dataset.record_formats import Turn
 
 SAMPLE_RATE = 16000
 MAX_SECONDS = 30.0  # Whisper has positions for no more

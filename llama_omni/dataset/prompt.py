@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from llama_omni.dataset.batch import IGNORE_INDEX, SPEECH_TOKEN_INDEX
 from llama_omni.dataset.record_formats import INSTRUCTION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llama_omni.dataset.records import Turn
+    from llama_omni.dataset.record_formats import Turn
 
-IGNORE_INDEX = -100
-SPEECH_TOKEN_INDEX = -200
 EOT_TOKEN = "<|eot_id|>"
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 SYSTEM_TEXT = (

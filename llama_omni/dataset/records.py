@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from llama_omni.dataset.record_formats import Turn, parse_turns, parse_units
+from llama_omni.dataset.record_formats import Turn, parse_turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-
-__all__ = ["BadRecord", "Record", "Turn", "find_dataset_file", "parse_units", "read_records"]
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import WhisperFeatureExtractor
 
-    from llama_omni.dataset.records import Turn
+    from llama_omni.dataset.record_formats import Turn
     from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM
     from llama_omni.speech.vocoder import Voice
 

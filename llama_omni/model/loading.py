@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, LlamaConfig
 
 from llama_omni.options.hub import check_free_disk
 
@@ -29,8 +30,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Whisper-large-v3 also holds fp32 copies of all its weights under other names.
+WEIGHTS = ("*.json", "model.safetensors", "model-*.safetensors", "kmeans.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 NEW_MODULES = ("speech_projector.", "speech_generator.", "lora_")
+
+
+def read_llama_config(folder: Path) -> LlamaConfig:
+    """Raises ValueError when the folder holds no Llama-shaped model."""
+    try:
+        base = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable config.json ({error}).") from None
+    if not isinstance(base, LlamaConfig):
+        raise ValueError(
+            f"{folder}: a {base.model_type} model; LLaMA-Omni is built on a Llama. Give the folder "
+            "or hub id of a Llama, e.g. meta-llama/Llama-3.1-8B-Instruct."
+        )
+    return base
 
 
 class CheckpointReader:

@@ -10,7 +10,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_omni.data_utils import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
+from llama_omni.dataset.batch import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
+from llama_omni.model.loss import LossSums, sum_text_loss, sum_unit_loss
 from llama_omni.model.speech_encoder import WhisperEncoder, num_encoder_states
-from llama_omni.model.speech_generator import SpeechGeneratorCTC, ctc_sum
+from llama_omni.model.speech_generator import SpeechGeneratorCTC
 from llama_omni.model.speech_projector import EncoderProjectorConcat
 
 if TYPE_CHECKING:
@@ -32,15 +32,6 @@ class OmniSpeech2SConfig(LlamaConfig):
     """Llama's config plus the official speech keys and the encoder's sizes."""
 
     model_type = "omni_speech2s_llama"
-
-
-@dataclass
-class LossSums:
-    """Sums over one micro-batch, before division by the global count."""
-
-    loss: Tensor  # () differentiable, nats
-    num_correct: Tensor  # () tokens right (stage 1) or frames that say blank (stage 2)
-    num_predicted: Tensor  # () tokens (stage 1) or frames (stage 2)
 
 
 class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
@@ -102,9 +93,7 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
         predicts = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
         logits = self.lm_head(hidden_states[predicts]).float()  # (N, V)
         targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        num_correct = (logits.argmax(-1) == targets).sum()
-        return LossSums(loss, num_correct, torch.tensor(len(targets), device=labels.device))
+        return sum_text_loss(logits, targets)
 
     def unit_loss(self, hidden_states: Tensor, labels: Tensor, tgt_units: Tensor) -> LossSums:
         """CTC summed over the answers' units."""
@@ -116,10 +105,7 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
             shift=getattr(self.config, "ctc_shift_states", True),
             stretch=getattr(self.config, "ctc_infeasible", "stretch") == "stretch",
         )
-        loss = ctc_sum(logits, num_frames, tgt_units, unit_lengths, blank=generator.blank)
-        is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
-        num_blank = ((logits.argmax(-1) == generator.blank) & is_frame).sum()
-        return LossSums(loss, num_blank, num_frames.sum())
+        return sum_unit_loss(logits, num_frames, tgt_units, unit_lengths, blank=generator.blank)
 
 
 def build_model_config(

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llama_omni.data_utils import IGNORE_INDEX
+from llama_omni.dataset.batch import IGNORE_INDEX
+from llama_omni.model.loss import ctc_sum
 from llama_omni.options.config import parse_decoder_shape
 
 
@@ -211,39 +212,3 @@ def _chunk_mask(length: int, start: int, device: torch.device) -> Tensor:
     """(1, 1, length, start + length): causal attention of a chunk that follows `start` frames."""
     rows = torch.arange(start, start + length, device=device)[:, None]
     return (torch.arange(start + length, device=device) <= rows)[None, None]
-
-
-def ctc_sum(
-    logits: Tensor, num_frames: Tensor, tgt_units: Tensor, unit_lengths: Tensor, *, blank: int
-) -> Tensor:
-    """Sum of the CTC losses in float32; impossible targets add 0 and no gradient.
-
-    cuDNN's CTC is switched off: it assumes that blank is 0 and did not zero impossible targets.
-    """
-    log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)  # (N, B, V + 1)
-    with torch.backends.cudnn.flags(enabled=False):
-        return F.ctc_loss(
-            log_probs,
-            tgt_units[tgt_units != IGNORE_INDEX],
-            num_frames,
-            unit_lengths,
-            blank=blank,
-            reduction="sum",
-            zero_infinity=True,
-        )
-
-
-def count_infeasible(
-    labels: Tensor, tgt_units: Tensor, *, factor: int, stretch: bool = True
-) -> tuple[int, int]:
-    """How many answers have (more units than frames, no CTC path, even when stretched if they are).
-
-    A path needs one frame a unit and one blank between equal neighbours.
-    """
-    is_unit = tgt_units != IGNORE_INDEX
-    repeats = ((tgt_units[:, 1:] == tgt_units[:, :-1]) & is_unit[:, 1:]).sum(1)
-    units = is_unit.sum(1)
-    frames = (labels != IGNORE_INDEX).sum(1) * factor
-    too_few = units + repeats > frames
-    impossible = units + repeats > (torch.maximum(frames, units) if stretch else frames)
-    return int(too_few.sum()), int(impossible.sum())

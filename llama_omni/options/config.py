@@ -1,7 +1,8 @@
 """Every option of both stages: read from a JSON file, overridden on the command line, checked.
 
-First in the data flow. `rules.py` says which values cannot work. Neither imports anything
-heavy: a mistake in a config is reported within the first second, before any model loads.
+First in the data flow. `parsing.py` reads the values, `rules.py` says which cannot work. None of
+the three imports anything heavy: a mistake in a config is reported within the first second, before
+any model loads.
 
     python train.py configs/stage1_config.json --learning_rate 1e-5
 """
@@ -9,12 +10,12 @@ heavy: a mistake in a config is reported within the first second, before any mod
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
+
+from llama_omni.options.parsing import parse_overrides, read_config_file
 
 
 @dataclass(kw_only=True)
@@ -191,73 +192,6 @@ def load_config(argv: list[str]) -> TrainConfig:
     args = list(argv)
     if args and not args[0].startswith("--"):
         source = args.pop(0)
-        values.update(read_config_file(Path(source)))
-    values.update(parse_overrides(args))
+        values.update(read_config_file(Path(source), TYPES))
+    values.update(parse_overrides(args, TYPES))
     return TrainConfig(**values, source=source)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The checked contents of a JSON config file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file. Start from configs/stage1_config.json.")
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Mend the line it names.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds a {type(raw).__name__}, not an object of options.")
-    return {key: check_value(key, value, str(path)) for key, value in raw.items()}  # pyright: ignore
-
-
-def parse_overrides(args: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value` and bare `--flag` (true) as checked values."""
-    values: dict[str, Any] = {}
-    position = 0
-    while position < len(args):
-        word = args[position]
-        if not word.startswith("--"):
-            raise ValueError(
-                f"the command line: {word!r} has no key. Write --key value, for example "
-                "--learning_rate 1e-5; only the first word may be a config file."
-            )
-        key, has_equals, text = word[2:].partition("=")
-        position += 1
-        if not has_equals:
-            is_value = position < len(args) and not args[position].startswith("--")
-            text = args[position] if is_value else "true"
-            position += is_value
-        if key in ("local_rank", "local-rank"):  # added by the deepspeed launcher; ranks come
-            continue  # from the environment
-        values[key] = check_value(key, parse_text(key, text), "the command line")
-    return values
-
-
-def parse_text(key: str, text: str) -> Any:
-    """A command-line word as the JSON value that the key's type asks for."""
-    allowed = get_args(TYPES.get(key, str)) or (TYPES.get(key, str),)
-    if text.lower() in ("null", "none") and type(None) in allowed:
-        return None
-    if bool in allowed:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    for number in (int, float):
-        if number in allowed:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return text
-
-
-def check_value(key: str, value: Any, source: str) -> Any:
-    """`value` when `key` is known and takes its type; whole numbers are taken as floats."""
-    if key not in FIELDS:
-        near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else " README.md lists the known keys."
-        raise ValueError(f"{source}: unknown key {key!r}.{hint}")
-    allowed = get_args(TYPES[key]) or (TYPES[key],)
-    if float in allowed and type(value) is int:
-        return float(value)
-    if type(value) not in allowed:
-        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{source}: {key}={value!r} must be of type {names}.")
-    return value

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from llama_omni.options.config import TrainConfig
     from llama_omni.plan.memory import Memory
 
-__all__ = ["Lengths", "ModelSizes", "load_sizes", "main", "predict_memory"]
-
 DEFAULT_MACHINE = "h200x1"
 # Not measured: CUDA's context and NCCL's buffers, and what the allocator cannot use of its blocks.
 CONTEXT_BYTES, SLACK = int(0.8 * GIB), 0.03

@@ -2,7 +2,7 @@
 
 The half of `memory.py` that does not depend on the batch. Neither has a fitted constant:
 
-- dtypes: `parallel.set_dtypes` and `training/optimizer.py`;
+- dtypes: `set_dtypes` of `training/parallel.py`, and `training/optimizer.py`;
 - FSDP2 (torch/distributed/fsdp/_fully_shard): a unit's weights are gathered in the compute dtype,
   a copy even on one GPU, and one more unit is fetched ahead on several; a unit's gradients are
   copied to a flat float32 input and reduced into a float32 output. The root unit (embeddings, head,

@@ -1,1 +1,1 @@
-"""Speech: audio files, units and codecs, voices."""
+"""Speech: audio files, units, voices."""

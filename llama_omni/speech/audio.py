@@ -1,6 +1,6 @@
 """Speech files (wav, mp3, flac) to mono waveforms, and these to files and Whisper mel frames.
 
-First step of the data flow: file -> waveform -> mel (for data_utils.py) or units (units.py).
+First step of the data flow: file -> waveform -> mel (for data_utils.py) or units (quantizer.py).
 libsndfile reads and writes; torchaudio only resamples, since its loaders need an ffmpeg build.
 """
 

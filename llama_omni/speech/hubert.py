@@ -1,6 +1,6 @@
 """Speech -> mHuBERT features, the input of the k-means that gives the released units.
 
-Used by `units.py`. Weights come from a Hugging Face folder or straight from the fairseq `.pt`;
+Used by `quantizer.py`. Weights come from a Hugging Face folder or straight from the fairseq `.pt`;
 both give the same network, transformers' HubertModel cut after the wanted layer. The checkpoint of
 the paper is the file at MHUBERT_URL; nothing is downloaded here (`options/hub.py` does hub ids: the
 same weights are voidful/mhubert-base).

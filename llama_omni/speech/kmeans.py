@@ -1,8 +1,8 @@
 """k-means centres, which make units of features: reading, writing, fitting.
 
-`units.py` and `mel_voice.py` use them. Two kinds: the released centres over mHuBERT features (the
-file at KM1000_URL, sha256 KM1000_SHA256; nothing is downloaded here), and the embedded kind over
-log-mel frames, fitted on the user's own audio by `python -m llama_omni.units fit`.
+`quantizer.py` and `mel_voice.py` use them. Two kinds: the released centres over mHuBERT features
+(the file at KM1000_URL, sha256 KM1000_SHA256; nothing is downloaded here), and the embedded kind
+over log-mel frames, fitted on the user's own audio by `python -m llama_omni.units fit`.
 
 Our format is safetensors: "centroids" (K, D) float32; for log-mel also "durations" (K,), the mean
 number of frames that a unit lasts; metadata "features" says which kind, and "frames" how the

@@ -1,9 +1,9 @@
 """Log-mel frames, the features of the embedded units, and the way back to a spectrum.
 
-`kmeans.py` fits centres over these frames, `units.py` quantises them, `mel_voice.py` speaks them.
-Chosen for the voice: windows of 64 ms every 20 ms (the 50 Hz of mHuBERT) resolve the pitch and
-overlap enough for Griffin-Lim. PocketSphinx with a grammar, on 40 held-out espeak-ng sentences: 8 %
-word errors through 100 such units and `mel_voice.py`, 5 % through the frames as they are.
+`kmeans.py` fits centres over these frames, `quantizer.py` quantises them, `mel_voice.py` speaks
+them. Chosen for the voice: windows of 64 ms every 20 ms (the 50 Hz of mHuBERT) resolve the pitch
+and overlap enough for Griffin-Lim. PocketSphinx with a grammar, on 40 held-out espeak-ng sentences:
+8 % word errors through 100 such units and `mel_voice.py`, 5 % through the frames as they are.
 """
 
 from __future__ import annotations

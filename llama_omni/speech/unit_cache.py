@@ -1,6 +1,6 @@
 """Units on disk: a folder of jsonl shards, which any number of processes append to.
 
-Written by `units.extract_units`, read by stage 2 through `load_unit_cache`. A line is one clip:
+Written by `quantizer.extract_units`, read by stage 2 through `load_unit_cache`. A line is one clip:
 
     {"path": "/data/a.wav", "size": 60844, "mtime_ns": 1763700000000000000, "units": [71, 4, 93]}
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["CodeHiFiGAN", "MelVoice", "Voice", "load_vocoder", "load_voice"]
 
 VOCODER_URL = (
     "https://dl.fbaipublicfiles.com/fairseq/speech_to_speech/vocoder/code_hifigan/"

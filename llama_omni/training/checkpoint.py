@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llama_omni.options.hub import check_free_disk
-from llama_omni.training.parallel import is_main_process
+from llama_omni.training.distributed import is_main_process
 
 if TYPE_CHECKING:
     from llama_omni.options.config import TrainConfig

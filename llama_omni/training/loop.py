@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,36 +12,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llama_omni.dataset.sampler import MicroBatches, steps_per_epoch
-from llama_omni.model.flops import BatchSize, peak_flops, step_flops
 from llama_omni.training.checkpoint import save_checkpoint
+from llama_omni.training.distributed import (
+    StopRequest,
+    all_sum,
+    ignore_sigterm,
+    is_main_process,
+)
+from llama_omni.training.meter import Meter, NonFiniteError
 from llama_omni.training.optimizer import lr_scale, set_lr
-from llama_omni.training.parallel import is_main_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from llama_omni.data_utils import Batch
+    from llama_omni.dataset.batch import Batch
     from llama_omni.options.config import TrainConfig
+    from llama_omni.training.meter import Objective
     from llama_omni.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; every process stops before the step."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a stage minimises and reports."""
-
-    task: str  # for the model's forward
-    count: Callable[[Batch], int]  # what the loss is a mean over
-    unit: str  # its name in the log: tokens or units
-    ratio: str  # the name of num_correct / num_predicted
-    weight: float = 1.0
-    infeasible: Callable[[Batch], tuple[int, int]] = field(default=lambda batch: (0, 0))
 
 
 def total_steps(config: TrainConfig, num_samples: int, world_size: int) -> tuple[int, int]:
@@ -215,119 +202,6 @@ def evaluate(
         "eval/loss": (sums[0] / sums[1].clamp(min=1)).item(),
         f"eval/{objective.ratio}": (sums[2] / sums[3].clamp(min=1)).item(),
     }
-
-
-class Meter:
-    """Sums between two log lines, and the speed."""
-
-    def __init__(self, engine: Any, config: TrainConfig, objective: Objective) -> None:
-        self.engine = engine
-        self.config = config
-        self.objective = objective
-        name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
-        self.peak = peak_flops(name)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.started = time.perf_counter()
-        self.sums = torch.zeros(4, dtype=torch.float64)
-        self.samples = self.tokens = 0
-        self.data_seconds = self.flops = 0.0
-        self.infeasible = [0, 0]
-
-    def start_fetch(self) -> None:
-        self.fetch_started = time.perf_counter()
-
-    def end_fetch(self) -> None:
-        self.data_seconds += time.perf_counter() - self.fetch_started
-
-    def add(self, micro_batches: list[Batch], sums: torch.Tensor) -> None:
-        self.sums += sums
-        for batch in micro_batches:
-            self.samples += len(batch.input_ids)
-            self.tokens += batch.input_ids.numel()
-            self.flops += batch_flops(self.engine.module.config, batch, self.config)
-            for i, number in enumerate(self.objective.infeasible(batch)):
-                self.infeasible[i] += number
-
-    def flush(self, lr: float) -> dict[str, float]:
-        """Metrics since the last flush, over all processes."""
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.started
-        local = torch.tensor([self.samples, self.tokens, self.flops, *self.infeasible])
-        samples, tokens, flops, too_few, impossible = all_sum(local.double()).tolist()
-        loss, count, correct, predicted = self.sums.tolist()
-        metrics = {
-            "train/loss": loss / max(count, 1),
-            f"train/{self.objective.ratio}": correct / max(predicted, 1),
-            "train/grad_norm": self.engine.grad_norm,
-            "train/lr": lr,
-            "speed/samples_per_sec": samples / seconds,
-            "speed/tokens_per_sec": tokens / seconds,
-            "speed/data_time_frac": self.data_seconds / seconds,
-        }
-        if self.objective.task == "units":
-            metrics["train/stretched"] = too_few
-            metrics["train/infeasible"] = impossible
-            if impossible:
-                logger.warning("%d answers had no CTC path and taught nothing", impossible)
-        if self.peak is not None:
-            metrics["speed/mfu"] = flops / seconds / (self.peak * dist.get_world_size())
-            metrics["speed/peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._reset()
-        return metrics
-
-
-def batch_flops(model_config: Any, batch: Batch, config: TrainConfig) -> float:
-    """Model FLOPs of one micro-batch, forward and backward."""
-    answers = batch.num_label_tokens
-    frames = 0
-    if batch.tgt_units is not None:
-        longest = int((batch.labels != -100).sum(1).max()) * config.ctc_upsample_factor
-        frames = max(longest, batch.tgt_units.shape[1])
-    size = BatchSize(
-        clips=len(batch.speech),
-        mel_frames=batch.speech.shape[-1],
-        sequences=len(batch.input_ids),
-        tokens=batch.input_ids.shape[1],
-        answer_tokens=answers,
-        unit_frames=max(frames, 1) if config.stage == 2 else 0,
-    )
-    backbone = "full" if config.trains_backbone else "lora" if config.lora_enable else "frozen"
-    return step_flops(
-        model_config,
-        size,
-        stage=config.stage,
-        backbone=backbone,
-        encoder=config.tune_speech_encoder,
-    )
-
-
-class StopRequest:
-    """Remembers a SIGTERM, and tells it to all processes at a step boundary."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.seen = True
-
-    def is_requested(self) -> bool:
-        return all_sum(torch.tensor([float(self.seen)]))[0].item() > 0
-
-
-def ignore_sigterm(_: int) -> None:
-    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of a CPU tensor, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 def _is_due(strategy: str, step: int, every: int, *, ends_epoch: bool, is_last: bool) -> bool:

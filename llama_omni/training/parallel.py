@@ -1,4 +1,4 @@
-"""Processes and wrapping: one device, DDP or FSDP2 by torch; ZeRO is in `deepspeed_engine.py`.
+"""Wrapping: one device, DDP or FSDP2 by torch; ZeRO is in `deepspeed_engine.py`.
 
 An engine is what the training loop drives: backward, clip, step, save and load. Losses come in as
 sums divided by the *global* count, so gradients are summed over processes, never averaged.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,26 +35,6 @@ if TYPE_CHECKING:
     from llama_omni.options.config import TrainConfig
 
 logger = logging.getLogger(__name__)
-
-
-def init_processes() -> torch.device:
-    """Joins the process group that torchrun, accelerate or deepspeed describe; alone otherwise."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
-    return device
-
-
-def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:

@@ -8,14 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from llama_omni.data_utils import (
-    Batch,
-    SpeechInstructionDataset,
-    collate,
-    pad_token_id,
-    tokenize_conversation,
-)
-from llama_omni.dataset.records import Record, Turn
+from llama_omni.data_utils import SpeechInstructionDataset, collate
+from llama_omni.dataset.batch import Batch
+from llama_omni.dataset.prompt import pad_token_id, tokenize_conversation
+from llama_omni.dataset.record_formats import Turn
+from llama_omni.dataset.records import Record
 from llama_omni.speech.audio import save_audio
 from llama_omni.tools.make_model import build_tokenizer
 

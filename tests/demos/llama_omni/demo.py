@@ -124,8 +124,8 @@ def ask_held_out() -> list[Reply]:
     from llama_omni.inference.answering import answer
     from llama_omni.inference.metrics import edit_distance
     from llama_omni.speech.audio import load_audio, save_audio
+    from llama_omni.speech.quantizer import load_quantizer
     from llama_omni.speech.vocoder import load_voice
-    from llama_omni.units import load_quantizer
 
     final = OUT / "stage2" / "final_model"
     omni = load_omni_model(final, device="cpu", dtype=torch.float32)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from llama_omni.data_utils import scan_records
-from llama_omni.dataset.check import check_units, main
+from llama_omni.dataset.check import check_units, main, scan_records
 from llama_omni.dataset.records import Record, read_records
 from llama_omni.tools.make_model import build_tokenizer
 

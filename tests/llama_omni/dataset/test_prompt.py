@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from llama_omni.data_utils import pad_token_id, tokenize_conversation, tokenize_prompt
-from llama_omni.dataset.records import Turn
+from llama_omni.dataset.prompt import pad_token_id, tokenize_conversation, tokenize_prompt
+from llama_omni.dataset.record_formats import Turn
 from llama_omni.tools.make_model import build_tokenizer
 
 X = -100  # IGNORE_INDEX

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from llama_omni.dataset.records import Record, Turn, find_dataset_file, parse_units, read_records
+from llama_omni.dataset.record_formats import Turn, parse_units
+from llama_omni.dataset.records import Record, find_dataset_file, read_records
 
 PREFIX = "data/multiturn_instruction/en/"
 INFERENCE_VALUE = "<speech>\nPlease directly answer the questions in the user's speech."

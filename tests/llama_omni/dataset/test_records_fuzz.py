@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from llama_omni.data_utils import scan_records
+from llama_omni.dataset.check import scan_records
 from llama_omni.dataset.records import read_records
 
 VALUES: list[Any] = [

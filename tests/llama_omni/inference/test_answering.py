@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_omni.data_utils import IGNORE_INDEX, Batch, SpeechInstructionDataset, collate
+from llama_omni.data_utils import SpeechInstructionDataset, collate
+from llama_omni.dataset.batch import IGNORE_INDEX, Batch
 from llama_omni.dataset.prompt import tokenize_prompt
-from llama_omni.dataset.records import Record, Turn
+from llama_omni.dataset.record_formats import Turn
+from llama_omni.dataset.records import Record
 from llama_omni.generate import load_omni_model
 from llama_omni.inference.answering import (
     AnswerPart,

@@ -94,7 +94,7 @@ def test_expected_units_come_from_the_speech_where_they_can(
     model: Path, records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """As in training, before the record's own; the last record has the latter alone."""
-    from llama_omni.units import load_quantizer
+    from llama_omni.speech.quantizer import load_quantizer
 
     for record in records[:3]:
         record["speech_response_path"] = "q0.wav"
@@ -188,7 +188,7 @@ def test_asked_for_what_is_missing(
 ) -> None:
     """In an installation without the extra, whatever asks for it is told its name."""
     data = write_jsonl(tmp_path / "data.jsonl", records[:1])
-    for module in ("judges", "metrics", "evaluate"):
+    for module in ("speech.recognizer", "inference.metrics", "evaluate"):
         monkeypatch.setattr(f"llama_omni.{module}.is_installed", lambda package: False)
     for options in (["--asr", "pocketsphinx"], ["--asr", "whisper:x"], ["--utmos"]):
         assert evaluate(model, data, tmp_path / "out", *options) == 1

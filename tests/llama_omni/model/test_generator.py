@@ -14,11 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
+from llama_omni.model.loss import count_infeasible, ctc_sum
 from llama_omni.model.speech_generator import (
     SpeechGeneratorCTC,
     collapse_path,
-    count_infeasible,
-    ctc_sum,
     select_states,
     upsample_index,
 )

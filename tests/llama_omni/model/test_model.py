@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,12 +15,16 @@ from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as OfficialEncoder
 
 from llama_omni import stage1_trainer, stage2_trainer
-from llama_omni.data_utils import Batch, SpeechInstructionDataset, collate, pad_token_id
+from llama_omni.data_utils import SpeechInstructionDataset, collate
+from llama_omni.dataset.prompt import pad_token_id
 from llama_omni.dataset.records import read_records
 from llama_omni.model.loading import load_weights, save_released
 from llama_omni.model.speech_encoder import WhisperEncoder, num_encoder_states, rename_hf_key
 from llama_omni.options.config import load_config
 from tests.llama_omni.support.tiny import NUM_UNITS, Tiny, weights
+
+if TYPE_CHECKING:
+    from llama_omni.dataset.batch import Batch
 
 ENCODER_NAMES = {
     "conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "positional_embedding",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from llama_omni import stage1_trainer, stage2_trainer
-from llama_omni.data_utils import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
+from llama_omni.dataset.batch import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
 from llama_omni.model import speech_encoder, speech_projector
 from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
 from llama_omni.options.config import load_config
@@ -33,8 +33,9 @@ from llama_omni.plan.sizes import (
 from llama_omni.plan.weights import CHUNK, count_parameters
 from llama_omni.train import enable_checkpointing
 from llama_omni.training import optimizer
+from llama_omni.training.distributed import init_processes
 from llama_omni.training.loop import train_step
-from llama_omni.training.parallel import TorchEngine, init_processes
+from llama_omni.training.parallel import TorchEngine
 from tests.benchmarks.llama_omni.memory_tracker import MemoryTracker
 
 FOLDER = Path(plan.__file__).parents[1]
@@ -171,7 +172,7 @@ def test_peak_equals_the_counted_one(
         groups=lambda wrapped: module.parameter_groups(wrapped, config),
     )  # fmt: skip
     model.train()
-    objective = module.OBJECTIVE if stage == 1 else module.build_objective(config)
+    objective = module.build_objective(config)
 
     def make_batch() -> Batch:
         ids = torch.randint(0, 500, (4, TOKENS))

@@ -25,13 +25,9 @@ from llama_omni.speech.kmeans import (
 )
 from llama_omni.speech.log_mel import FLOOR, compute_log_mel, invert_log_mel
 from llama_omni.speech.mel_voice import MelVoice
-from llama_omni.units import (
-    Quantizer,
-    extract_units,
-    load_quantizer,
-    load_unit_cache,
-    main,
-)
+from llama_omni.speech.quantizer import Quantizer, extract_units, load_quantizer
+from llama_omni.speech.unit_cache import load_unit_cache
+from llama_omni.units import main
 from tests.llama_omni.speech.test_hubert import make_hubert
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llama_omni.speech.code_hifigan import CodeHiFiGAN
 from llama_omni.speech.kmeans import KMeans, save_kmeans
-from llama_omni.speech.vocoder import CodeHiFiGAN, load_vocoder, load_voice
+from llama_omni.speech.vocoder import load_vocoder, load_voice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """A tiny random checkpoint of the whole model, as training leaves it, without training.
 
-Written by `loading.save_released`, so what reads it reads final_model folders.
+Written by `model/loading.py`'s save_released, so what reads it reads final_model folders.
 """
 
 from pathlib import Path

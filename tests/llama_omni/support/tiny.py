@@ -193,10 +193,10 @@ def make_kmeans(path: Path, *, num_units: int = NUM_UNITS) -> Path:
 
 def make_tiny(root: Path) -> Tiny:
     """Data, models, k-means and a stage-1 model below `root`."""
-    from llama_omni.tools import make_model as dummy_model
+    from llama_omni.tools import make_model
 
     data = write_jsonl(root / "data.jsonl", make_records(root))
-    dummy_model.main([str(root)])
+    make_model.main([str(root)])
     kmeans = make_kmeans(root / "kmeans.safetensors")
     tiny = Tiny(
         root, data, root / "llama", root / "whisper", kmeans, root / "stage1" / "final_model"
