@@ -5,7 +5,8 @@
 
 Writes report/NAME.wav and a line of report/results.jsonl for each sample, and report/summary.json,
 which it prints; the first answers go to TensorBoard to listen to, beside the true ones. Samples
-come from dataset/folders.py by way of dataset/prepare.py's cache, answers from generate.py.
+come from dataset/folders.py by way of dataset/prepare.py's cache, answers from
+inference/answerer.py.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from vss_longcat_omni.dataset.prepare import prepare
-    from vss_longcat_omni.generate import load_answerer
+    from vss_longcat_omni.inference.answerer import load_answerer
     from vss_longcat_omni.inference.measure import choose_recogniser, evaluate
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,21 +4,32 @@
 
 run in this folder, on one node or several (run_deepspeed.sh). Without DeepSpeed, for small models:
 `python train_ds.py --deepspeed "" ...`. `--help` lists every option; README.md explains them.
-What happens then is in run.py.
+
+Read next: options/run_arguments.py, dataset/folders.py, dataset/prepare.py, dataset/template.py,
+model/omni.py, training/trainer.py.
 """
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py`, its rooms and others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # must not shadow packages so named
+
 from vss_longcat_omni.dataset.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
+from vss_longcat_omni.dataset.folders import find_split
 from vss_longcat_omni.options.run_arguments import check_words
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
+
+logger = logging.getLogger("vss_longcat_omni")
 
 
 def preprocess_function(
@@ -47,10 +58,85 @@ def preprocess_function(
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    check_words(words)
-    from vss_longcat_omni.run import train  # seconds, for torch and transformers
+    own_options = check_words(words)
+    if own_options is not None:  # else --help, which needs no data
+        find_split(Path(own_options.data_dir))
+    run(words)
 
-    train(words, preprocess_function)
+
+def run(words: Sequence[str]) -> None:
+    """One run as the command line says, in the order data flows; every process calls it.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, a file or a folder that cannot be used.
+    """
+    # Seconds, for torch and transformers: they wait until our own options are known to be sound.
+    from transformers import set_seed
+
+    from vss_longcat_omni.dataset.build import build_datasets
+    from vss_longcat_omni.model.build import build_model
+    from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
+    from vss_longcat_omni.options.hub import resolve_artifact
+    from vss_longcat_omni.options.training_arguments import parse_arguments
+    from vss_longcat_omni.plan.__main__ import check_fits
+    from vss_longcat_omni.training.checkpoint import find_checkpoint
+    from vss_longcat_omni.training.distributed import (
+        notice_locks,
+        notice_optimizer_offload,
+        stop_early,
+    )
+    from vss_longcat_omni.training.trainer import OmniTrainer
+
+    options, training = parse_arguments(list(words))
+    signal.signal(signal.SIGUSR1, stop_early)
+    logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
+    set_seed(training.seed)
+    notice_optimizer_offload()
+    if training.deepspeed and training.should_log:
+        notice_locks()
+    check_fits(options, training)  # the released model: before 1.1 TB are downloaded
+    folder = resolve_artifact(options.model_name_or_path, field="model_name_or_path")
+    config = load_config(folder)
+    check_fits(options, training, config)
+
+    # Data.
+    datasets = build_datasets(
+        options,
+        training,
+        folder,
+        preprocess_function,
+        vision_config=config.vision_config,
+        audio_vocab_size=config.audio_vocab_size,
+    )
+    if options.prepare_only:
+        return
+    resume_from = training.resume_from_checkpoint
+    if resume_from:
+        resume_from = str(find_checkpoint(Path(str(training.output_dir)), resume_from))
+
+    # Model.
+    def fill(model: nn.Module) -> None:
+        load_weights(model, CheckpointReader(folder), show_progress=training.should_log)
+
+    tokens = datasets["training"].tokens
+    model = build_model(options, training, config, tokens, fill)
+
+    # Training.
+    trainer = OmniTrainer(
+        model,
+        training,
+        options,
+        model_folder=folder,
+        train_dataset=datasets["training"],
+        eval_dataset=datasets.get("test"),
+        tokenizer=datasets["training"].tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    if trainer.stop.has_stopped:
+        logger.warning("stopped; go on with --resume_from_checkpoint latest")
+        return
+    # On all processes: they gather the adapters together. It uploads them too, where that is asked.
+    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Opens every file of a data set, before training does, and says what is wrong in which folder.
 
-Beside the data flow: folders.py lists the folders, media/audio.py opens the files. Problems are
-what training cannot use; warnings are what is seldom meant.
+Beside the data flow: folders.py lists the folders, media/audio.py and media/video.py open the
+files. Problems are what training cannot use; warnings are what is seldom meant.
 
     python -m vss_longcat_omni.dataset check data [--split training] [--tokenizer FOLDER]
 """
@@ -29,7 +29,8 @@ from vss_longcat_omni.dataset.folders import (
     list_sample_folders,
     read_transcript,
 )
-from vss_longcat_omni.media.audio import audio_duration, probe_video, read_mono, validate_video
+from vss_longcat_omni.media.audio import audio_duration, read_mono
+from vss_longcat_omni.media.video import probe_video, validate_video
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

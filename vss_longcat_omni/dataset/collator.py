@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vss_longcat_omni.dataset.template import IGNORE_INDEX
+from vss_longcat_omni.dataset.special_tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

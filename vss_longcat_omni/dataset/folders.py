@@ -1,7 +1,7 @@
 """Folders on disk -> samples: video, question and spoken answer of each; no file is opened.
 
 First step of the data flow: data/training/01/{input.mp4, input.wav, output.wav} -> Sample, whose
-files media/audio.py reads. check.py opens them all and tells what training could not use:
+files media/ reads. check.py opens them all and tells what training could not use:
 
     python -m vss_longcat_omni.dataset check data [--split training] [--tokenizer FOLDER]
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,9 +193,3 @@ def _natural(name: str) -> list[str | int]:
     """Text and numbers by turns, so that texts meet texts and numbers meet numbers."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
-
-
-if __name__ == "__main__":
-    from vss_longcat_omni.dataset.check import main
-
-    sys.exit(main())

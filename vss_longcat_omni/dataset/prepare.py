@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vss_longcat_omni.media.audio import load_audio, load_audio_track, probe_video, read_frames
+from vss_longcat_omni.media.audio import load_audio
 from vss_longcat_omni.media.fbank import Fbank
 from vss_longcat_omni.media.frame_sampling import sample_frames
 from vss_longcat_omni.media.pixels import PixelConfig, resize_frames
+from vss_longcat_omni.media.video import load_audio_track, probe_video, read_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

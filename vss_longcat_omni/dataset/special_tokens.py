@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+IGNORE_INDEX = -100  # of a label: no target
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<longcat_s>", "</longcat_s>", "<longcat_pad>"
 PAUSE_TOKEN = "</pause>"
 # Field of SpecialTokens -> official name; the n-th is <mask_(110 + n)> in the vocabulary.

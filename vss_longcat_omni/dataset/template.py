@@ -1,8 +1,8 @@
 """A conversation -> the text stream, the four audio streams beside it, and their labels.
 
-Place in the data flow: folders.py makes the turns (interleave.py the media's part, speech/codec.py
-the answer's codes); collator.py packs the streams; inference/answer.py goes back. Rules of
-data/multimodal_tokenizer.py and data/converters/audio_converter.py
+Place in the data flow: train_ds.py makes the turns (interleave.py the media's part,
+speech/codec.py the answer's codes); collator.py packs the streams; inference/answer.py goes back.
+Rules of data/multimodal_tokenizer.py and data/converters/audio_converter.py
 (meituan-longcat/LongCat-Flash-Omni), with the demo's settings: text prefixes, no round numbers.
 
 T positions, S audio streams (4: semantic, then acoustic), N codec frames of a segment. A segment
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vss_longcat_omni.dataset.conversation import Segment, TextItem, Turn, VoiceItem
+from vss_longcat_omni.dataset.special_tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from vss_longcat_omni.dataset.interleave import Part
     from vss_longcat_omni.dataset.special_tokens import CodecIds, SpecialTokens
 
-IGNORE_INDEX = -100
 # Role of a position; the assistant's covers an answer's body, its text pads included.
 ROLE_NONE, ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT = 0, 1, 2, 3
 ROLES = {

@@ -1,7 +1,7 @@
 """Generated rows -> the answer's text and its codec codes, whole and segment by segment.
 
-Place in the data flow: generate.py and tools/judge.py hand over what was generated; the codes go on
-to speech/codec.py. The inverse of a spoken answer in dataset/template.py. Rules of
+Place in the data flow: answerer.py hands over what was generated; the codes go on to
+speech/codec.py. The inverse of a spoken answer in dataset/template.py. Rules of
 post_process/unified_post_processor.py (meituan-longcat/LongCat-Flash-Omni).
 
 R generated rows, S audio streams, N codec frames.

@@ -1,6 +1,6 @@
 """Generates an answer row by row: a text id and one id of each audio stream at a time.
 
-Used by generate.py and tools/judge.py; answer.py reads the rows. The states are those of the
+Used by answerer.py; answer.py reads the rows. The states are those of the
 serving port (shineran96/vllm, longcat_flash_omni.py): text and sound together until the text ends,
 sound alone until the semantic stream ends, then the next segment or the end.
 

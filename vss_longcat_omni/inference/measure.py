@@ -28,7 +28,7 @@ from vss_longcat_omni.speech.recognizer import (
     load_recogniser,
 )
 from vss_longcat_omni.train_ds import preprocess_function
-from vss_longcat_omni.training.trainer import describe, stack_sums
+from vss_longcat_omni.training.metrics import describe, stack_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from vss_longcat_omni.dataset.prepare import PreparedSample
-    from vss_longcat_omni.generate import Answerer
+    from vss_longcat_omni.inference.answerer import Answerer
     from vss_longcat_omni.speech.recognizer import Recogniser
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def evaluate(
 
 @torch.no_grad()
 def compute_losses(answerer: Answerer, prepared: Sequence[PreparedSample]) -> dict[str, float]:
-    """Loss and accuracy of each term over all samples, teacher forced: `trainer.describe`.
+    """Loss and accuracy of each term over all samples, teacher forced: `training.metrics.describe`.
 
     Raises:
         ValueError: a transcript is missing, or longer than its answer.

@@ -57,8 +57,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The keys of LABELS; None where there was nothing to measure by.
 
-    `losses` are those of `trainer.describe`. Words are Whisper's normalised English ones, and need
-    jiwer. The round trip's errors are the recogniser's and the codec's alone.
+    `losses` are those of `training.metrics.describe`. Words are Whisper's normalised English ones,
+    and need jiwer. The round trip's errors are the recogniser's and the codec's alone.
     """
     spelling = recogniser.spelling if recogniser else {}
 

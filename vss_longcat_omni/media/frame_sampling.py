@@ -1,6 +1,6 @@
 """Which frames of a video are taken, and the timestamp of each pair: functions of its length.
 
-Place in the data flow: audio.py decodes the frames chosen here; dataset/interleave.py writes the
+Place in the data flow: video.py decodes the frames chosen here; dataset/interleave.py writes the
 timestamps into the prompt. The vision encoder joins two frames to one temporal unit, so frames come
 in pairs and a unit has one timestamp, that of its first frame.
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vss_longcat_omni.training.trainer import TRAINED_MODULES
+from vss_longcat_omni.model.saving import TRAINED_MODULES
 
 if TYPE_CHECKING:
     from pathlib import Path

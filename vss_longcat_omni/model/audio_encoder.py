@@ -1,6 +1,6 @@
 """The ears: features of the sound -> one embedding of the language model's width every 80 ms.
 
-Follows ../fbank.py in the data flow; the embeddings stand in for the audio pads (model/omni.py).
+Follows media/fbank.py in the data flow; the embeddings stand in for the audio pads (model/omni.py).
 A streaming DFSMN: no attention, each layer remembers through a depthwise convolution over past
 positions, and one to come in the last layers. Parameter names, order of operations and defaults
 follow encoders/audio_adaptor.py of meituan-longcat/LongCat-Flash-Omni, so that audio_encoder.pt and

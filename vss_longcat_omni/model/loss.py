@@ -15,28 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vss_longcat_omni.dataset.template import IGNORE_INDEX
+from vss_longcat_omni.dataset.special_tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Defaults: Meituan's first pre-training stage (report 3.2.2: c, b and d).
-
-    Attributes:
-        text: of the text tokens, whose answers come with speech.
-        audio: of the codes of all streams together.
-        semantic: of the semantic codes once more.
-    """
-
-    text: float = 1.5
-    audio: float = 0.25
-    semantic: float = 0.1
-
-    def as_tensor(self, device: torch.device) -> Tensor:
-        return torch.tensor([self.text, self.audio, self.semantic], device=device)
+    from vss_longcat_omni.options.run_arguments import LossWeights
 
 
 @dataclass
@@ -67,7 +51,11 @@ def compute_loss_sums(
 
 def combine(sums: LossSums, counts: Tensor, weights: LossWeights) -> Tensor:
     """The weighted loss (), given the (3,) counts of the whole step; a term without any is 0."""
-    return (weights.as_tensor(counts.device) * sums.losses / counts.clamp(min=1)).sum()
+    return (_as_tensor(weights, counts.device) * sums.losses / counts.clamp(min=1)).sum()
+
+
+def _as_tensor(weights: LossWeights, device: torch.device) -> Tensor:
+    return torch.tensor([weights.text, weights.audio, weights.semantic], device=device)
 
 
 def _sums(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from vss_longcat_omni.dataset.special_tokens import SpecialTokens
-from vss_longcat_omni.dataset.template import IGNORE_INDEX
+from vss_longcat_omni.dataset.special_tokens import IGNORE_INDEX, SpecialTokens
 from vss_longcat_omni.model.audio_encoder import AudioEncoder, AudioEncoderConfig, AudioProjector
 from vss_longcat_omni.model.fusion import AudioEmbeddings, merge_embeddings
 from vss_longcat_omni.model.language_model import LongcatFlashModel
-from vss_longcat_omni.model.loss import LossWeights, combine, compute_loss_sums
+from vss_longcat_omni.model.loss import combine, compute_loss_sums
 from vss_longcat_omni.model.speech_heads import AudioOutputLayers
 from vss_longcat_omni.model.vision_encoder import (
     VisionConfig,
@@ -29,6 +28,7 @@ from vss_longcat_omni.model.vision_encoder import (
     VisionProjector,
     pool_features,
 )
+from vss_longcat_omni.options.run_arguments import LossWeights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

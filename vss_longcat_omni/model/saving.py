@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vss_longcat_omni.model.config import LongcatOmniConfig
 
+TRAINED_MODULES = "trained_modules.safetensors"  # what is trained beside the adapters
 MAX_SHARD_BYTES = 5_000_000_000
 ENCODER_KEYS = ("vision_config", "audio_config")
 

@@ -12,17 +12,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from vss_longcat_omni.dataset.folders import find_split
 from vss_longcat_omni.options.lora_targets import LORA_TARGETS, translate_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vss_longcat_omni.model.loss import LossWeights
-
 SamplingRule = Literal["multimodal_interleaved", "video", "plain_2fps"]
 TUNINGS = ("lora", "full")
 TRANSCRIPTS = ("file", "none")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Defaults: Meituan's first pre-training stage (report 3.2.2: c, b and d).
+
+    Attributes:
+        text: of the text tokens, whose answers come with speech.
+        audio: of the codes of all streams together.
+        semantic: of the semantic codes once more.
+    """
+
+    text: float = 1.5
+    audio: float = 0.25
+    semantic: float = 0.1
 
 
 @dataclass(kw_only=True)
@@ -35,10 +47,9 @@ class RunArguments:
         cache_dir: prepared frames, features and codes; made once, used by every run.
         codec: folder of a speech codec. None: the embedded one, fitted to the answers and kept in
             cache_dir/codec.
-        transcripts: "file": every answer has its output.txt, or a transcript of tools/transcribe.py
-        in
-            the cache. "none": the text stream is all pads, and the model learns to speak without a
-            text to follow.
+        transcripts: "file": every answer has its output.txt, or a transcript of
+            tools/transcribe.py in the cache. "none": the text stream is all pads, and the model
+            learns to speak without a text to follow.
         tuning: "lora", or "full": everything, for small models.
         train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
             holds them.
@@ -97,20 +108,18 @@ class RunArguments:
 
     @property
     def loss_weights(self) -> LossWeights:
-        from vss_longcat_omni.model.loss import LossWeights
-
         return LossWeights(self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Says what is wrong with the command line as far as it is ours; all else, --help too, is read
-    later.
+def check_words(words: Sequence[str]) -> RunArguments | None:
+    """Our own options of the command line, or what is wrong with them; None where --help is asked
+    for. All else is read later.
 
     Raises:
-        ValueError: a value that cannot be, a file that cannot be read, no folder of samples.
+        ValueError: a value that cannot be, a file that cannot be read.
     """
     if {"-h", "--help"} & set(words):
-        return
+        return None
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -124,7 +133,7 @@ def check_words(words: Sequence[str]) -> None:
     deepspeed = given.pop("deepspeed", "")
     if deepspeed and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
         raise ValueError(f'deepspeed={deepspeed}: no such file; "" trains without DeepSpeed.')
-    find_split(Path(RunArguments(**given).data_dir))
+    return RunArguments(**given)
 
 
 def expand_config(words: Sequence[str]) -> list[str]:

@@ -4,8 +4,8 @@
 
 Needs no GPU and no weights: the layout asked, line by line, then its alternatives, each with fits
 or does not fit. train_ds.py makes the same plan for the machine it runs on (`check_fits`) and stops
-where it does not fit. Shapes and machines come from inputs.py, memory from memory.py,
-seconds from time.py, words from report.py.
+where it does not fit. Shapes and machines come from inputs.py, memory from memory.py, seconds from
+time.py, words from report.py.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from vss_longcat_omni.plan.report import describe
 
 if TYPE_CHECKING:
     from vss_longcat_omni.model.config import LongcatOmniConfig
-    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
-
-__all__ = ["Plan", "check_fits", "describe", "main", "plan_run"]
+    from vss_longcat_omni.options.run_arguments import RunArguments
+    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def host_memory() -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Defaults of the run are those of training_arguments.py, which takes seconds to import."""
+    """Defaults of the run are those of options/training_arguments.py, slow to import."""
     parser = argparse.ArgumentParser(
         description="Memory, disk and time of a LongCat-Flash-Omni training, estimated."
     )

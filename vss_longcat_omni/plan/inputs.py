@@ -23,7 +23,8 @@ from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
+    from vss_longcat_omni.options.run_arguments import RunArguments
+    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 
     Shape = tuple[int, ...]
 

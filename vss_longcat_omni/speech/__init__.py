@@ -1,1 +1,1 @@
-"""Speech: audio files, units and codecs, voices."""
+"""Speech as codes, and what is heard in it."""

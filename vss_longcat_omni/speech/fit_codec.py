@@ -1,20 +1,15 @@
 """Fits the embedded speech codec to the user's own speech; it needs no download.
 
-    python -m vss_longcat_omni.tools.fit_codec fit data/training --out cache/codec
-    python -m vss_longcat_omni.tools.fit_codec round-trip IN.wav OUT.wav --codec cache/codec
-
-`train_ds.py` fits it to the answers where no other codec is named. What it is: embedded_codec.py.
+`train_ds.py` fits it to the answers where no other codec is named; tools/fit_codec.py is the
+command. What it is: embedded_codec.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import math
 import random
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,28 +17,29 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vss_longcat_omni.media.audio import AUDIO_SUFFIXES, load_audio, save_audio
+from vss_longcat_omni.media.audio import load_audio
 from vss_longcat_omni.speech.embedded_codec import (
     FRAME_SAMPLES,
     MAX_BOOK_SIZES,
     NUM_BOOKS,
     SAMPLE_RATE,
     MelCodec,
+    assign,
     check_is_new,
     compute_frames,
+    fit_kmeans,
 )
-from vss_longcat_omni.speech.kmeans import assign, fit_kmeans
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-logger = logging.getLogger("vss_longcat_omni.speech.fit_codec")
+logger = logging.getLogger(__name__)
 
 NUM_COMPONENTS = 128
 MIN_FRAMES = 17  # one second
 MIN_FRAMES_PER_ENTRY = 4
 MAX_HOURS = 5.0
-ANSWER_STEMS = ("output", "out")  # what is fitted to in a folder of samples
 
 
 def fit_codec(
@@ -119,27 +115,6 @@ def choose_book_sizes(num_frames: int, book_sizes: Sequence[int] | None) -> tupl
     return tuple(book_sizes)
 
 
-def find_recordings(sources: Sequence[Path]) -> list[Path]:
-    """Files as they are; of a folder, its answers (`output.wav`, `out.wav`), else all its speech.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a folder holds no speech.
-    """
-    found: list[Path] = []
-    for source in sources:
-        if not source.is_dir():
-            if not source.is_file():
-                raise FileNotFoundError(f"{source}: no such file or folder")
-            found.append(source)
-            continue
-        speech = sorted(p for p in source.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        if not speech:
-            raise ValueError(f"{source}: holds no {', '.join(AUDIO_SUFFIXES)} file")
-        found += [path for path in speech if path.stem in ANSWER_STEMS] or speech
-    return found
-
-
 def _read_frames(paths: Sequence[Path], *, max_hours: float, seed: int) -> Tensor:
     """(N, FRAME_WIDTH) of distinct files in a drawn order; bad ones are logged, and left out.
 
@@ -179,58 +154,3 @@ def _fit_components(frames: Tensor) -> tuple[Tensor, Tensor]:
     centred = frames - mean
     _, directions = torch.linalg.eigh((centred.T @ centred).double())  # by rising variance
     return mean, directions.flip(1)[:, :NUM_COMPONENTS].float().contiguous()
-
-
-def _fit(args: argparse.Namespace) -> str:
-    codec = fit_codec(
-        find_recordings(args.sources),
-        args.out,
-        book_sizes=args.books,
-        max_hours=args.max_hours,
-        seed=args.seed,
-    )
-    return f"{args.out}: books of {', '.join(map(str, codec.book_sizes))}"
-
-
-def _round_trip(args: argparse.Namespace) -> str:
-    codec = MelCodec.load(args.codec)
-    codes = codec.encode(load_audio(args.source))
-    save_audio(args.out, codec.decode(codes), sample_rate=codec.sample_rate)
-    return f"{args.out}: {len(codes)} frames of {NUM_BOOKS} codes"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vss_longcat_omni.tools.fit_codec",
-        description=(__doc__ or "").partition("\n")[0],
-    )
-    commands = parser.add_subparsers(required=True)
-    fit = commands.add_parser("fit", help="fit a codec to recordings")
-    fit.set_defaults(run=_fit)
-    fit.add_argument("sources", nargs="+", type=Path, metavar="DIR_OR_WAV")
-    fit.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    fit.add_argument("--books", nargs=NUM_BOOKS, type=int, help="entries; default: by the speech")
-    fit.add_argument("--max_hours", type=float, default=MAX_HOURS, help="speech to look at")
-    fit.add_argument("--seed", type=int, default=0)
-    round_trip = commands.add_parser("round-trip", help="encode and decode a recording, to hear it")
-    round_trip.set_defaults(run=_round_trip)
-    round_trip.add_argument("source", type=Path, metavar="IN")
-    round_trip.add_argument("out", type=Path, metavar="OUT")
-    round_trip.add_argument("--codec", required=True, type=Path, help="folder of the fitted codec")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        done = args.run(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(f"{done}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

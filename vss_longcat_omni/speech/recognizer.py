@@ -1,4 +1,6 @@
-"""Speech recognisers: transcribe.py writes down what they hear; evaluate.py and judge.py listen.
+"""Speech recognisers: what they hear in a waveform, freely or as one of a few sentences.
+
+tools/transcribe.py writes it down; evaluate.py and tools/judge.py measure a model by it.
 
 Each is optional and loads when asked for. A waveform is (num_samples,) float32 at 16 kHz.
 """

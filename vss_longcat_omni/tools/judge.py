@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vss_longcat_omni.dataset.folders import find_samples, read_transcript
 from vss_longcat_omni.dataset.prepare import load_fbank, look_and_listen
-from vss_longcat_omni.generate import load_answerer
+from vss_longcat_omni.inference.answerer import load_answerer
 from vss_longcat_omni.media.audio import load_audio, resample, save_audio
 from vss_longcat_omni.speech.codec import open_codec
 from vss_longcat_omni.speech.recognizer import SAMPLE_RATE, load_listener

@@ -6,40 +6,38 @@ DeepSpeed set-up stay as they are.
 
 from __future__ import annotations
 
-import logging
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from vss_longcat_omni.dataset.collator import collate, count_targets
 from vss_longcat_omni.dataset.sampler import MicroBatchSampler, group_by_length, pack
 from vss_longcat_omni.media.cmvn import CMVN_NAME
 from vss_longcat_omni.media.fbank import CONFIG_NAME
 from vss_longcat_omni.model.loss import LossSums, combine
-from vss_longcat_omni.model.saving import save_config, save_weights
+from vss_longcat_omni.model.saving import TRAINED_MODULES, save_config, save_weights
+from vss_longcat_omni.training.distributed import (
+    StopOnSignal,
+    leave_signals_to_the_trainer,
+    sum_over_processes,
+)
+from vss_longcat_omni.training.metrics import TERMS, describe, stack_sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
 
     from vss_longcat_omni.dataset.examples import VssDataset
-    from vss_longcat_omni.model.omni import OmniOutput
-    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
-
-logger = logging.getLogger(__name__)
-
-TERMS = ("text", "audio", "semantic")
-TRAINED_MODULES = "trained_modules.safetensors"  # what is trained beside the adapters
+    from vss_longcat_omni.options.run_arguments import RunArguments
+    from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 
 
 class OmniTrainer(Trainer):
@@ -101,7 +99,7 @@ class OmniTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
     def get_batch_samples(
@@ -222,76 +220,3 @@ class EpochLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGUSR1 to any process: all save a checkpoint after the step, and stop."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        self.has_stopped = False  # the same in all processes
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: Any) -> None:
-        logger.warning("signal %d: a checkpoint will be saved after this step", number)
-        self.is_asked = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        asked = torch.tensor(float(self.is_asked), device=args.device)
-        if sum_over_processes(asked).item():
-            self.has_stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The tensor itself, added up over all processes, which all take part."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def stack_sums(outputs: OmniOutput) -> Tensor:
-    """(3, terms) float64 on the CPU: losses, counts and right ones of a micro-batch."""
-    rows: Any = [outputs.losses, outputs.counts, outputs.num_correct]
-    return torch.stack(rows).double().cpu()
-
-
-def describe(sums: Tensor) -> dict[str, float]:
-    """Loss (nats a target) and accuracy of each term that has targets, from (3, terms) sums."""
-    found = {}
-    for term, (loss, count, num_correct) in zip(TERMS, sums.T.tolist(), strict=True):
-        if count:
-            found[f"{term}_loss"] = loss / count
-            found[f"{term}_accuracy"] = num_correct / count
-    return found
-
-
-def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint named, or with "latest" the last whole one of the run.
-
-    Raises:
-        ValueError: there is none. trainer_state.json is written last, so a folder without it was
-            cut off.
-    """
-    if wanted != "latest":
-        path = Path(wanted)
-        if not (path / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint: {path} is no whole checkpoint of a run.")
-        return path
-    found = [p.parent for p in output_dir.glob("checkpoint-*/trainer_state.json")]
-    numbered = [p for p in found if p.name.removeprefix("checkpoint-").isdigit()]
-    if not numbered:
-        raise ValueError(f"resume_from_checkpoint=latest: {output_dir} holds no whole checkpoint.")
-    return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """SLURM signals every process of a job; a worker that dies would end the run without saving."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

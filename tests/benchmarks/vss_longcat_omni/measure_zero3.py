@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+import vss_longcat_omni
 from tests.vss_longcat_omni.support.tiny import make_example, tiny_config
-from vss_longcat_omni import run as training_module
 from vss_longcat_omni.dataset.special_tokens import SpecialTokens
+from vss_longcat_omni.model.build import build_model
 from vss_longcat_omni.options.training_arguments import parse_arguments
 from vss_longcat_omni.plan.__main__ import check_fits
 from vss_longcat_omni.plan.inputs import released_config
 from vss_longcat_omni.training.trainer import OmniTrainer
 
-DS_CONFIG = Path(training_module.__file__).with_name("ds_config.json")
+DS_CONFIG = Path(vss_longcat_omni.__file__).with_name("ds_config.json")
 STARTED = time.monotonic()
 EXTRA = 3  # positions of `make_example` beside the frames, without media
 
@@ -116,7 +117,7 @@ def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
     config.num_hidden_layers = 2 * options.layers
     plan = check_fits(run, training, config)
     assert plan is not None
-    model = training_module.build_model(run, training, config, SpecialTokens(), lambda _: None)
+    model = build_model(run, training, config, SpecialTokens(), lambda _: None)
     say(training, "built")
     count = options.samples * training.gradient_accumulation_steps * training.world_size
     data: Any = Samples(run.max_tokens // options.samples, count * options.steps)

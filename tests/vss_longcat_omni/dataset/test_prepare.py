@@ -14,8 +14,9 @@ from tests.vss_longcat_omni.support.media_samples import make_video
 from vss_longcat_omni.dataset import prepare as preparing
 from vss_longcat_omni.dataset.folders import find_samples
 from vss_longcat_omni.dataset.prepare import PreparedSample, Settings, prepare
-from vss_longcat_omni.media.audio import load_audio, load_audio_track, save_audio
+from vss_longcat_omni.media.audio import load_audio, save_audio
 from vss_longcat_omni.media.pixels import PixelConfig
+from vss_longcat_omni.media.video import load_audio_track
 from vss_longcat_omni.model.loading import load_config
 from vss_longcat_omni.speech.codec import open_codec
 from vss_longcat_omni.speech.fit_codec import fit_codec

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from vss_longcat_omni import generate, train_ds
+from vss_longcat_omni import train_ds
 from vss_longcat_omni.dataset.folders import find_samples, read_transcript
 from vss_longcat_omni.dataset.prepare import prepare
 from vss_longcat_omni.evaluate import main
-from vss_longcat_omni.generate import load_answerer
+from vss_longcat_omni.inference import answerer as answering
 from vss_longcat_omni.inference import measure
+from vss_longcat_omni.inference.answerer import load_answerer
 from vss_longcat_omni.inference.measure import answer_sample, evaluate
 from vss_longcat_omni.inference.metrics import LABELS, Result, summarise, word_error_rate
 from vss_longcat_omni.media.audio import audio_duration, load_audio
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.vss_longcat_omni.conftest import Ground
     from vss_longcat_omni.dataset.prepare import PreparedSample
-    from vss_longcat_omni.generate import Answerer
+    from vss_longcat_omni.inference.answerer import Answerer
 
 MAX_ROWS = 12
 
@@ -181,7 +182,7 @@ def test_mistakes_are_told_before_weights_are_read(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(generate, "load_answerer", refuse)
+    monkeypatch.setattr(answering, "load_answerer", refuse)
     absent = tmp_path / "absent"
     for changes, message in (
         ({"model_name_or_path": absent}, "model_name_or_path=.*absent: no such file or folder"),

@@ -20,15 +20,13 @@ from tests.vss_longcat_omni.support.media_samples import (
     shift_video,
     turn_video,
 )
-from vss_longcat_omni.media import audio as media
-from vss_longcat_omni.media.audio import (
+from vss_longcat_omni.media import video
+from vss_longcat_omni.media.audio import audio_duration, load_audio, save_audio
+from vss_longcat_omni.media.video import (
     VideoInfo,
-    audio_duration,
-    load_audio,
     load_audio_track,
     probe_video,
     read_frames,
-    save_audio,
     validate_video,
 )
 
@@ -179,14 +177,14 @@ def test_frames_are_the_ones_asked_for(tmp_path: Path, kind: dict) -> None:
 def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "v.mp4", num_frames=200, gop=20)
     decoded: list[int] = []
-    decode_from = media._decode_from
+    decode_from = video._decode_from
 
     def count(*args: object) -> object:
         for frame in decode_from(*args):  # pyright: ignore[reportArgumentType]
             decoded.append(read_number(frame.to_ndarray(format="rgb24")))
             yield frame
 
-    monkeypatch.setattr(media, "_decode_from", count)
+    monkeypatch.setattr(video, "_decode_from", count)
     assert numbers(path, [3, 45, 47, 199]) == [3, 45, 47, 199]
     assert decoded == [0, 1, 2, 3, *range(40, 48), *range(180, 200)]
     decoded.clear()

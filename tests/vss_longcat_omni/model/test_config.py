@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vss_longcat_omni.options.training_arguments import parse_arguments
-from vss_longcat_omni.run import notice_locks
+from vss_longcat_omni.training.distributed import notice_locks
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from tests.vss_longcat_omni.support.tiny import AUDIO, VISION, make_example, randomize, tiny_config
 from vss_longcat_omni.dataset.collator import collate, count_targets
-from vss_longcat_omni.dataset.template import IGNORE_INDEX
-from vss_longcat_omni.model.loss import LossWeights
+from vss_longcat_omni.dataset.special_tokens import IGNORE_INDEX
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
+from vss_longcat_omni.options.run_arguments import LossWeights
 
 WEIGHTS = LossWeights(text=1.5, audio=0.25, semantic=0.1)
 

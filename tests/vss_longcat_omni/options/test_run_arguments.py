@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vss_longcat_omni.options import run_arguments
+import vss_longcat_omni
+from vss_longcat_omni import train_ds
 from vss_longcat_omni.options.run_arguments import check_words, expand_config
 
 if TYPE_CHECKING:
     from tests.vss_longcat_omni.conftest import Ground
 
-FOLDER = Path(run_arguments.__file__).parents[1]
+FOLDER = Path(vss_longcat_omni.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -34,16 +35,19 @@ FOLDER = Path(run_arguments.__file__).parents[1]
 )
 def test_a_mistake_is_named(words: list[str], message: str, ground: Ground) -> None:
     with pytest.raises(ValueError, match="^.*" + message.replace("(", r"\(")):
-        check_words(["--data_dir", str(ground.data), *words])
+        train_ds.main(["--data_dir", str(ground.data), *words])
 
 
 def test_good_words_of_others_pass(ground: Ground) -> None:
     words = ["--data_dir", str(ground.data), "--learning_rate", "1e-3", "--packing", "false"]
-    check_words([*words, "--local_rank=1", "--lora_target_modules", "o_proj", "--bf16"])
+    words += ["--local_rank=1", "--lora_target_modules", "o_proj", "--bf16"]
+    found = check_words(words)
+    assert found is not None
+    assert found.data_dir == str(ground.data)
 
 
 def test_help_needs_no_data() -> None:
-    check_words(["--help", "--data_dir", "/nowhere"])
+    assert check_words(["--help", "--data_dir", "/nowhere"]) is None
 
 
 def test_a_config_file_stands_for_flags_that_later_ones_override(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from tests.vss_longcat_omni.support.tiny import AUDIO, VISION, tiny_config
 from vss_longcat_omni.model.saving import save_config
-from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
+from vss_longcat_omni.options.run_arguments import RunArguments
+from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 from vss_longcat_omni.plan import __main__ as plan_module
-from vss_longcat_omni.plan.__main__ import check_fits, describe, plan_run
+from vss_longcat_omni.plan.__main__ import check_fits, plan_run
 from vss_longcat_omni.plan.inputs import (
     GIB,
     GPUS,
@@ -20,6 +21,7 @@ from vss_longcat_omni.plan.inputs import (
     load_sizes,
     released_config,
 )
+from vss_longcat_omni.plan.report import describe
 from vss_longcat_omni.plan.time import predict_times
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import pytest
 
 from tests.vss_longcat_omni.support.tiny import tiny_config
 from vss_longcat_omni.model.saving import save_config
-from vss_longcat_omni.options.training_arguments import OmniTrainingArguments, RunArguments
+from vss_longcat_omni.options.run_arguments import RunArguments
+from vss_longcat_omni.options.training_arguments import OmniTrainingArguments
 from vss_longcat_omni.plan.__main__ import build_parser, main
 from vss_longcat_omni.plan.inputs import (
     GIB,

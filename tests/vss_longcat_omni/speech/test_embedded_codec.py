@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from vss_longcat_omni.media.audio import save_audio
 from vss_longcat_omni.speech.embedded_codec import FRAME_WIDTH, MelCodec
-from vss_longcat_omni.speech.fit_codec import choose_book_sizes, find_recordings, fit_codec
+from vss_longcat_omni.speech.fit_codec import choose_book_sizes, fit_codec
+from vss_longcat_omni.tools.fit_codec import find_recordings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from vss_longcat_omni.media.audio import load_audio, resample, save_audio
-from vss_longcat_omni.speech import fit_codec as mel_codec
-from vss_longcat_omni.speech import kmeans, log_mel
-from vss_longcat_omni.speech.embedded_codec import MelCodec, compute_frames
-from vss_longcat_omni.speech.fit_codec import choose_book_sizes, find_recordings, fit_codec, main
-from vss_longcat_omni.speech.kmeans import assign, fit_kmeans
+from vss_longcat_omni.speech import embedded_codec, log_mel
+from vss_longcat_omni.speech.embedded_codec import MelCodec, assign, compute_frames, fit_kmeans
+from vss_longcat_omni.speech.fit_codec import choose_book_sizes, fit_codec
+from vss_longcat_omni.tools.fit_codec import find_recordings, main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,7 +220,9 @@ def test_kmeans_finds_the_groups_and_leaves_no_centre_without_points(
     with pytest.raises(ValueError, match="548 points cannot make 549 centres"):
         fit_kmeans(points, 549)
     # Of twelve equal starts eleven get no point.
-    monkeypatch.setattr(kmeans, "_spread_starts", lambda points, *_: points[:1].repeat(12, 1))
+    monkeypatch.setattr(
+        embedded_codec, "_spread_starts", lambda points, *_: points[:1].repeat(12, 1)
+    )
     assert len(assign(points, fit_kmeans(points, 12)).unique()) == 12
 
 
@@ -259,6 +260,9 @@ def test_hours_beyond_the_limit_are_not_read(
     for number, path in enumerate(paths):
         save_audio(path, noise.roll(number), sample_rate=16000)
     read: list[Path] = []
-    monkeypatch.setattr(mel_codec, "load_audio", lambda path: read.append(path) or load_audio(path))
+    monkeypatch.setattr(
+        "vss_longcat_omni.speech.fit_codec.load_audio",
+        lambda path: read.append(path) or load_audio(path),
+    )
     fit_codec(paths, tmp_path / "codec", max_hours=6 / 3600)  # a clip lasts 2.5 s
     assert len(read) == 3

@@ -10,7 +10,7 @@ import torch
 
 from tests.llama_omni.speech.test_judges import make_whisper
 from vss_longcat_omni.media.audio import resample
-from vss_longcat_omni.speech import recognizer as recognising
+from vss_longcat_omni.speech import recognizer
 from vss_longcat_omni.speech.recognizer import load_listener, load_recogniser
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(ValueError, match=f"--asr {spec}: give whisper:FOLDER_OR_HUB_ID"):
             load_recogniser(spec)
     assert load_recogniser("none") is None
-    monkeypatch.setattr(recognising, "is_installed", lambda package: False)
+    monkeypatch.setattr(recognizer, "is_installed", lambda package: False)
     assert load_recogniser("auto") is None
     with pytest.raises(ValueError, match="pocketsphinx: not installed; install the extra 'eval'"):
         load_recogniser("pocketsphinx")

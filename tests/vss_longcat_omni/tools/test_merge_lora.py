@@ -18,7 +18,7 @@ from vss_longcat_omni.model.adapter import LoraPair, read_adapter
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 from vss_longcat_omni.model.saving import save_config, save_weights
-from vss_longcat_omni.options import hub as artifacts
+from vss_longcat_omni.options import hub
 from vss_longcat_omni.tools import merge_lora
 from vss_longcat_omni.tools.merge_lora import main, merge
 
@@ -212,7 +212,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"the merged model needs 0\.\d\d MB at .*0\.10 MB are"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,12 +18,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from vss_longcat_omni import run as training
 from vss_longcat_omni import train_ds
-from vss_longcat_omni.generate import load_answerer
+from vss_longcat_omni.inference.answerer import load_answerer
+from vss_longcat_omni.model import build
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
-from vss_longcat_omni.training.trainer import OmniTrainer, find_checkpoint
+from vss_longcat_omni.training import trainer
+from vss_longcat_omni.training.checkpoint import find_checkpoint
+from vss_longcat_omni.training.trainer import OmniTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,14 +126,14 @@ def test_projectors_and_heads_are_trained_by_option(ground: Ground, tmp_path: Pa
 def test_a_loss_that_is_no_number_stops_the_run(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoiled = training.build_model
+    spoiled = build.build_model
 
     def spoil(*arguments: Any) -> Any:
         model = spoiled(*arguments)
         dict(model.named_parameters())["base_model.model.lm_head.weight"].data[0] = float("nan")
         return model
 
-    monkeypatch.setattr(training, "build_model", spoil)
+    monkeypatch.setattr(build, "build_model", spoil)
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is not a finite number"):
         train_ds.main(ground.words(tmp_path / "out", **ALONE))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
@@ -149,7 +151,7 @@ def test_a_signal_saves_after_the_step_and_stops(
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, callbacks=[Send()], **options)
 
-    monkeypatch.setattr(training, "OmniTrainer", Watched)
+    monkeypatch.setattr(trainer, "OmniTrainer", Watched)
     train_ds.main(ground.words(tmp_path / "out", **ALONE))
     assert find_checkpoint(tmp_path / "out", "latest").name == "checkpoint-2"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()  # it is not done
@@ -214,7 +216,7 @@ def launch(words: list[str], script: Path = Path("train_ds.py")) -> str:
 
 # Both, sound alone, pictures alone, neither, in turn: the two processes seldom have the same.
 MIXED = """
-from vss_longcat_omni import train_ds, training
+from vss_longcat_omni import train_ds
 from vss_longcat_omni.dataset.conversation import MediaItem, TextItem, Turn
 
 plain = train_ds.preprocess_function

@@ -1,0 +1,34 @@
+"""A micro-batch's sums of the loss, and the loss and accuracy of each term that they make.
+
+Place in the data flow: model/omni.py gives the sums, trainer.py adds them up over steps and
+processes and logs what comes out; inference/measure.py does so for a split.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vss_longcat_omni.model.omni import OmniOutput
+
+TERMS = ("text", "audio", "semantic")
+
+
+def stack_sums(outputs: OmniOutput) -> Tensor:
+    """(3, terms) float64 on the CPU: losses, counts and right ones of a micro-batch."""
+    rows: Any = [outputs.losses, outputs.counts, outputs.num_correct]
+    return torch.stack(rows).double().cpu()
+
+
+def describe(sums: Tensor) -> dict[str, float]:
+    """Loss (nats a target) and accuracy of each term that has targets, from (3, terms) sums."""
+    found = {}
+    for term, (loss, count, num_correct) in zip(TERMS, sums.T.tolist(), strict=True):
+        if count:
+            found[f"{term}_loss"] = loss / count
+            found[f"{term}_accuracy"] = num_correct / count
+    return found
