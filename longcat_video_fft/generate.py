@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.options.buckets import BucketRule
-from longcat_video_fft.precompute.__main__ import start_logging
+from longcat_video_fft.options.launch import start_logging
 
 if TYPE_CHECKING:
     import torch

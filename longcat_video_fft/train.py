@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.options.config_rules import check_model, check_world
+from longcat_video_fft.options.launch import start_logging
 from longcat_video_fft.options.launcher_rules import check_launcher
-from longcat_video_fft.precompute.__main__ import read_configs, start_logging
+from longcat_video_fft.options.load import read_configs
 
 if TYPE_CHECKING:
     from longcat_video_fft.options.config import TrainConfig
@@ -67,7 +68,6 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from longcat_video_fft.dataset.latents import LatentDataset
-    from longcat_video_fft.export import export_model, find_companions
     from longcat_video_fft.model.attention_kernels import chosen_backend
     from longcat_video_fft.model.loading import load_weights
     from longcat_video_fft.precompute.job import ensure_caches
@@ -78,8 +78,10 @@ def run(config: TrainConfig, data: DataConfig) -> None:
         find_checkpoint,
         load_checkpoint,
     )
+    from longcat_video_fft.training.distributed import init_processes, is_main_process
+    from longcat_video_fft.training.export import export_model, find_companions
     from longcat_video_fft.training.loop import train
-    from longcat_video_fft.training.parallel import Engine, init_processes, is_main_process
+    from longcat_video_fft.training.parallel import Engine
     from longcat_video_fft.training.tracker import Tracker
     from longcat_video_fft.training.validation import Validation, read_prompts
 

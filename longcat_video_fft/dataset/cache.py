@@ -1,7 +1,8 @@
 """Tensors on disk: a few large shards, an index beside each, one read a sample.
 
-    CACHE/manifest.json            what made the tensors; another maker is refused
-    (`precompute/manifest.py`) CACHE/rank00000-3f2a9c-0000.shard   tensors one after the other
+    CACHE/manifest.json                 what made the tensors; another maker is refused
+                                        (`precompute/manifest.py`)
+    CACHE/rank00000-3f2a9c-0000.shard   tensors one after the other
     CACHE/rank00000-3f2a9c-0000.index   a line of JSON for each of them, written after it
 
 Every process writes shards of its own, named anew at each start, and only ever appends. A tensor

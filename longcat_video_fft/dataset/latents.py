@@ -20,10 +20,9 @@ from torch.utils.data import Dataset
 
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION
 from longcat_video_fft.dataset.sampler import TrainingOrder, split_held_out
+from longcat_video_fft.dataset.samples import SAMPLES, read_samples
 from longcat_video_fft.dataset.sources import open_cache_storage, open_caches
-from longcat_video_fft.model.text_encoder import MAX_TOKENS
-from longcat_video_fft.options.buckets import Bucket, parse_bucket
-from longcat_video_fft.precompute.survey import SAMPLES, read_samples
+from longcat_video_fft.options.buckets import MAX_TOKENS, Bucket, parse_bucket
 from longcat_video_fft.storage.storage import ObjectVanishedError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longcat_video_fft.model import attention
-from longcat_video_fft.options.config_rules import is_installed
+from longcat_video_fft.options.launch import is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

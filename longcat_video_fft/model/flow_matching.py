@@ -1,4 +1,4 @@
-"""Rectified flow as LongCat-Video has it: latents -> what the transformer sees, and its loss.
+"""Rectified flow as LongCat-Video has it: latents -> what the transformer sees and must predict.
 
     x_t = (1 - s) clean + s noise,  timestep = 1000 s,  the model predicts clean - noise
 
@@ -101,12 +101,6 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, T
     """(x_t, clean - noise) from (B, 16, T, h, w) twice and sigmas (B, T), in float32."""
     clean, s = latents.float(), sigmas[:, None, :, None, None]
     return (1 - s) * clean + s * noise, clean - noise
-
-
-def sample_losses(prediction: Tensor, noised: Noised) -> Tensor:
-    """(B,) float32: each sample's mean squared error over the frames that are not given."""
-    error = prediction.float() - noised.target
-    return error[:, :, noised.num_cond_latents :].square().mean(dim=(1, 2, 3, 4))
 
 
 def apply_caption_dropout(

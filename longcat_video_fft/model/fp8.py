@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longcat_video_fft.model.float8 import FLOAT8, FLOAT8_MAX
 from longcat_video_fft.model.layers import Linear
 
 if TYPE_CHECKING:
     from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
 LINEARS = (
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "ffn.w1", "ffn.w2", "ffn.w3",
 )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longcat_video_fft.model.fp8 import FLOAT8, FLOAT8_MAX
+from longcat_video_fft.model.float8 import FLOAT8, FLOAT8_MAX
 
 TILE = 128
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from longcat_video_fft.options.hub import check_free_disk
-from longcat_video_fft.training.optimizer import (
+from longcat_video_fft.model.sharding import (
     first_element,
     local,
     random_bits,
     random_keys,
     to_int32,
 )
+from longcat_video_fft.options.hub import check_free_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longcat_video_fft.options.buckets import MAX_TOKENS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-MAX_TOKENS = 512
-
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises ValueError when the folder holds no tokenizer."""
-    from transformers import AutoTokenizer  # here: a loader's worker imports this file for a number
+    from transformers import AutoTokenizer  # here: the plan imports this file too
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -14,6 +14,7 @@ FRAME_STRIDE, PIXEL_STRIDE, TOKEN_STRIDE = 4, 8, 16
 BF16_BYTES = 2
 MAX_FRAMES = 93  # "never use video sequences longer than 93 frames in training" (LongCat-Video#4)
 DEFAULT_FRAMES = (93, 73)
+MAX_TOKENS = 512  # of a caption
 
 # Official 480p shapes, (height, width) by the height/width that selects them
 # (ASPECT_RATIO_627 in longcat_video/utils/bukcet_config.py).

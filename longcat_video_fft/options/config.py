@@ -1,8 +1,9 @@
-"""The options of training_config.json, overridden on the command line, checked.
+"""The options of training_config.json, overridden on the command line.
 
-First in the data flow; `data_config.py` reads the data backend's file that `data_backend_config`
-names. Neither imports anything heavy: a mistake is reported within the first second, before any
-model loads. Names are the source document's. Keys that begin with "_" are comments.
+First in the data flow: `load.py` reads and checks them, and the data backend's file
+(`data_config.py`) that `data_backend_config` names. Nothing heavy is imported: a mistake is
+reported within the first second, before any model loads. Names are the source document's. Keys
+that begin with "_" are comments.
 
     python -m longcat_video_fft.precompute --config training_config.json --seed 1
 """
@@ -10,13 +11,9 @@ model loads. Names are the source document's. Keys that begin with "_" are comme
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
-from longcat_video_fft.options.config_rules import validate_config
+from typing import get_type_hints
 
 OFFICIAL_MODEL = "meituan-longcat/LongCat-Video"
 
@@ -121,123 +118,3 @@ class TrainConfig:
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "source"}
 TYPES = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in FIELDS}
-
-# The source document's older names, by today's.
-OLDER_NAMES = {
-    "validation_step_interval": "validation_every_n_steps",
-    "num_validation_images": "num_validation_videos",
-}
-
-
-def load_config(argv: list[str]) -> TrainConfig:
-    """Reads `--config FILE [--key value | --key=value ...]`; later values win.
-
-    Raises:
-        ValueError: unreadable file, unknown key (the nearest known one is named), wrong type, or a
-            value that cannot work.
-    """
-    words = parse_words(argv)
-    values: dict[str, Any] = {}
-    source = words.pop("config", None) or "the command line"
-    if source != "the command line":
-        values = check_values(rename_older(read_json_object(Path(source)), source), TYPES, source)
-    words = rename_older(words, "the command line")
-    given = {key: parse_text(key, text) for key, text in words.items()}
-    values.update(check_values(given, TYPES, "the command line"))
-    config = TrainConfig(**values, source=source)
-    validate_config(config)
-    return config
-
-
-def rename_older(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """`raw` with today's names. Raises ValueError when both are there, with two values."""
-    raw = dict(raw)
-    for name, older in OLDER_NAMES.items():
-        if older in raw:
-            value = raw.pop(older)
-            if raw.setdefault(name, value) != value:
-                raise ValueError(
-                    f"{source}: {older} is {name} by its older name, and they have two values, "
-                    f"{value!r} and {raw[name]!r}; delete one."
-                )
-    return raw
-
-
-def read_json(path: Path) -> Any:
-    """Raises ValueError when there is no such file or it is not JSON."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file ({path.absolute()}).")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Mend the line it names.") from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds a {type(raw).__name__}, not an object of options.")
-    return raw  # pyright: ignore[reportUnknownVariableType]
-
-
-def parse_words(argv: list[str]) -> dict[str, str]:
-    """`--key value`, `--key=value` and bare `--flag` (true) as texts by key."""
-    words: dict[str, str] = {}
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        if not word.startswith("--"):
-            raise ValueError(
-                f"the command line: {word!r} has no key. Write --key value, for example --seed 1."
-            )
-        key, has_equals, text = word[2:].partition("=")
-        position += 1
-        if not has_equals:
-            is_value = position < len(argv) and not argv[position].startswith("--")
-            text = argv[position] if is_value else "true"
-            position += is_value
-        words[key] = text
-    return words
-
-
-def parse_text(key: str, text: str) -> Any:
-    """A command-line word as the JSON value that the key's type asks for."""
-    allowed = get_args(TYPES.get(key, str)) or (TYPES.get(key, str),)
-    if text.lower() in ("null", "none") and type(None) in allowed:
-        return None
-    if bool in allowed:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    for number in (int, float):
-        if number in allowed:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return text
-
-
-def check_values(raw: dict[str, Any], types: dict[str, Any], source: str) -> dict[str, Any]:
-    """The values of known keys with the right types; keys that begin with "_" are left out."""
-    return {
-        key: check_value(key, value, types, source)
-        for key, value in raw.items()
-        if not key.startswith("_")
-    }
-
-
-def check_value(key: str, value: Any, types: dict[str, Any], source: str) -> Any:
-    """`value` when `key` is known and takes its type; whole numbers are taken as floats."""
-    if key not in types:
-        near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else " README.md lists the known keys."
-        raise ValueError(f"{source}: unknown key {key!r}.{hint}")
-    hint = types[key]
-    allowed = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
-    kinds = tuple(get_origin(kind) or kind for kind in allowed)
-    if type(value) in kinds:
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    shown = key if "access_key" in key else f"{key}={value!r}"  # a secret is not repeated
-    raise ValueError(f"{source}: {shown} must be of type {names}.")

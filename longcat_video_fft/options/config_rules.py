@@ -1,14 +1,16 @@
 """Which values of training_config.json and of accelerate's launcher cannot work, and what to do.
 
-`config.load_config` calls `validate_config` within the first second; a run knows its world size
-then too and calls `check_world` and `check_launcher` before anything heavy is imported.
+`load.load_config` calls `validate_config` within the first second; a run knows its world size then
+too and calls `check_world` and `launcher_rules.check_launcher` before anything heavy is imported.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
+
+from longcat_video_fft.options.buckets import MAX_FRAMES, MAX_TOKENS, TOKEN_STRIDE
+from longcat_video_fft.options.launch import is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
     from longcat_video_fft.options.config import TrainConfig
 
 BLOCK_CLASS = "LongCatSingleStreamBlock"
-PIXEL_MULTIPLE = 16  # 8 of the VAE x 2 of the transformer
-MAX_FRAMES = 93  # buckets.MAX_FRAMES
-MAX_TOKENS = 512  # text_encoder.MAX_TOKENS
 
 # Keys that have one value here: (the value, why another is refused).
 ONLY: dict[str, tuple[Any, str]] = {
@@ -231,9 +230,9 @@ def parse_resolution(text: str) -> tuple[int, int]:
         height, width = map(int, text.lower().split("x"))
     except ValueError:
         raise ValueError('must be HEIGHTxWIDTH, as "480x832".') from None
-    if min(height, width) < 1 or height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
+    if min(height, width) < 1 or height % TOKEN_STRIDE or width % TOKEN_STRIDE:
         raise ValueError(
-            f"must have sides that are multiples of {PIXEL_MULTIPLE} (8 of the VAE x 2 of the "
+            f"must have sides that are multiples of {TOKEN_STRIDE} (8 of the VAE x 2 of the "
             "transformer)."
         )
     return height, width
@@ -326,10 +325,6 @@ def spread(count: int, blocks: Sequence[int]) -> list[int]:
     size = len(blocks)
     count = min(count, size)
     return [b for i, b in enumerate(blocks) if (i + 1) * count // size > i * count // size]
-
-
-def is_installed(package: str) -> bool:
-    return any(distributions(name=package))
 
 
 def divisors(number: int) -> list[int]:

@@ -1,28 +1,18 @@
 """The options of databackend*.json: where the videos are, how they are cut, where caches go.
 
 The file is a list of two objects, told apart by `dataset_type`: the videos and the text
-embeddings. Names are the source document's. What it names and this folder cannot do is refused
-with the reason; relative paths count from the file's own folder.
+embeddings; `load.py` reads it. Names are the source document's. What it names and this folder
+cannot do is refused with the reason; relative paths count from the file's own folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from longcat_video_fft.options.buckets import DEFAULT_FRAMES, MAX_FRAMES, SHAPES_480P, BucketRule
-from longcat_video_fft.options.config import check_values, read_json
-from longcat_video_fft.options.data_rules import (
-    check_caches,
-    check_frames,
-    check_picture,
-    check_source,
-)
-
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from longcat_video_fft.options.buckets import BucketRule
 
 
 @dataclass(kw_only=True)
@@ -125,97 +115,3 @@ class DataConfig:
     @property
     def text_cache(self) -> Path:
         return self.path(self.text.cache_dir)
-
-
-# Keys of the source's tool that are known and refused, with the reason and what to do.
-REFUSED: dict[str, str] = {
-    "maximum_image_size": "a picture is resized once, straight to its shape; delete the line",
-    "target_downsample_size": (
-        "a picture is resized once, straight to its shape, and 512 pixels first would blur it; "
-        "delete the line"
-    ),
-    "vae_cache_ondemand": "latents are always made before the training; delete the line",
-    "vae_cache_disable": "latents are always made before the training; delete the line",
-    "vae_cache_clear_each_epoch": "latents do not change between epochs; delete the line",
-    "scan_for_errors": "run precompute with --verify instead, which checks every checksum",
-    "hash_filenames": "samples lie in shards, not in files of their own; delete the line",
-    "compress_disk_cache": "bf16 latents of noise-like values do not compress; delete the line",
-    "crop_aspect_buckets": 'give shapes as resolution: [[height, width], ...], or "480p"',
-    "conditioning_data": "the transformer has no such input; delete the line",
-    "disabled": "delete the whole object instead",
-    "probability": "there is one data set of videos; delete the line",
-}
-
-
-def load_data_config(path: Path) -> DataConfig:
-    """Reads and checks a databackend file.
-
-    Raises:
-        ValueError: what is wrong, with the file and the field.
-    """
-    raw = read_json(path)
-    if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
-        raise ValueError(f"{path}: must be a list of objects, as databackend.json is.")
-    videos = VideoData(**_read(_pick(raw, "video", path), VideoData, str(path)))
-    text = TextEmbeds(**_read(_pick(raw, "text_embeds", path), TextEmbeds, str(path)))
-    options = VideoOptions(**_read(videos.video, VideoOptions, f"{path}: video"))
-    parquet = ParquetOptions(**_read(videos.parquet, ParquetOptions, f"{path}: parquet"))
-    for complaint in (
-        *check_source(videos, parquet),
-        *check_picture(videos),
-        *check_frames(options),
-        *check_caches(videos, text),
-    ):
-        raise ValueError(f"{path}: {complaint}")
-    if videos.aws_secret_access_key or videos.aws_access_key_id:
-        logger.warning(
-            "%s holds an AWS key. Whoever reads the file has it: export AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY instead, which win over the file.",
-            path,
-        )
-    return DataConfig(path, videos, options, parquet, text, _build_rule(videos, options))
-
-
-def _pick(raw: list[dict[str, Any]], kind: str, path: Path) -> dict[str, Any]:
-    found = [item for item in raw if item.get("dataset_type") == kind]
-    others = {str(item.get("dataset_type")) for item in raw} - {"video", "text_embeds"}
-    if others:
-        raise ValueError(
-            f"{path}: dataset_type {', '.join(sorted(others))} is not known here; there are one "
-            '"video" and one "text_embeds".'
-        )
-    if len(found) != 1:
-        raise ValueError(
-            f'{path}: has {len(found)} objects with dataset_type "{kind}" and needs one. Videos of '
-            "several sources go below one prefix or folder."
-        )
-    return found[0]
-
-
-def _read(raw: dict[str, Any], kind: type, source: str) -> dict[str, Any]:
-    for key in raw:
-        if key in REFUSED:
-            raise ValueError(f"{source}: {key} is refused: {REFUSED[key]}.")
-    if raw.get("disable_multiline_split") is True:  # what is done anyway
-        raw = {key: value for key, value in raw.items() if key != "disable_multiline_split"}
-    elif "disable_multiline_split" in raw:
-        raise ValueError(
-            f"{source}: disable_multiline_split=false is refused: a caption of several lines is "
-            "one caption; delete the line."
-        )
-    types = get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    return check_values(raw, {key: types[key] for key in names}, source)
-
-
-def _build_rule(v: VideoData, o: VideoOptions) -> BucketRule:
-    shapes = SHAPES_480P
-    if isinstance(v.resolution, list):
-        shapes = {height / width: (height, width) for height, width in v.resolution}
-    frames = o.frame_buckets or (DEFAULT_FRAMES if o.num_frames == MAX_FRAMES else [o.num_frames])
-    return BucketRule(
-        shapes=tuple(shapes.items()),
-        frames=tuple(sorted(set(frames), reverse=True)),
-        target_fps=None if o.target_fps == "native" else float(o.target_fps),
-        crop=v.crop,
-    )

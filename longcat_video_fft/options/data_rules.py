@@ -1,6 +1,6 @@
 """Which values of databackend*.json cannot work, and what to do: a list of complaints each.
 
-`data_config.load_data_config` calls these and tells the first, with the file's name.
+`load.load_data_config` calls these and tells the first, with the file's name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     )
 
 SCANS = ("vae", "aspect", "metadata", "text")
+
+# Keys of the source's tool that are known and refused, with the reason and what to do.
+REFUSED: dict[str, str] = {
+    "maximum_image_size": "a picture is resized once, straight to its shape; delete the line",
+    "target_downsample_size": (
+        "a picture is resized once, straight to its shape, and 512 pixels first would blur it; "
+        "delete the line"
+    ),
+    "vae_cache_ondemand": "latents are always made before the training; delete the line",
+    "vae_cache_disable": "latents are always made before the training; delete the line",
+    "vae_cache_clear_each_epoch": "latents do not change between epochs; delete the line",
+    "scan_for_errors": "run precompute with --verify instead, which checks every checksum",
+    "hash_filenames": "samples lie in shards, not in files of their own; delete the line",
+    "compress_disk_cache": "bf16 latents of noise-like values do not compress; delete the line",
+    "crop_aspect_buckets": 'give shapes as resolution: [[height, width], ...], or "480p"',
+    "conditioning_data": "the transformer has no such input; delete the line",
+    "disabled": "delete the whole object instead",
+    "probability": "there is one data set of videos; delete the line",
+}
 
 
 def check_source(v: VideoData, parquet: ParquetOptions) -> list[str]:

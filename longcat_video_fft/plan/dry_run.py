@@ -2,9 +2,9 @@
 
     python -m longcat_video_fft.train --config FILE --dry-run [--num_gpus 8] [--gpu_memory_gib 80]
 
-Needs no GPU. The model is built on the meta device. Files are looked at in inputs.py, the peak
-of memory is predicted in memory.py, times come from time.py. The status is 1 when
-something would stop the run.
+Needs no GPU. The model is built on the meta device. Files are looked at in inputs.py, the peak of
+memory is predicted in memory.py, times come from time.py. The status is 1 when something would stop
+the run.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.dataset.sampler import TrainingOrder, split_held_out
+from longcat_video_fft.dataset.samples import CAPTIONS, read_samples
 from longcat_video_fft.dataset.sources import S3_SCHEME, open_caches
 from longcat_video_fft.model.loading import CheckpointReader, check_names
 from longcat_video_fft.options.buckets import parse_bucket
@@ -22,7 +23,6 @@ from longcat_video_fft.precompute.encoding import read_failures
 from longcat_video_fft.precompute.job import Models, check_identity
 from longcat_video_fft.precompute.manifest import MANIFEST
 from longcat_video_fft.precompute.state import find_missing, permanent
-from longcat_video_fft.precompute.survey import CAPTIONS, read_samples
 from longcat_video_fft.storage.storage import StorageError
 from longcat_video_fft.training.checkpoint import finished_checkpoints
 

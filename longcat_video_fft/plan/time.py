@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longcat_video_fft.dataset.sampler import BLOCK
 from longcat_video_fft.model.flops import PEAK_FLOPS, TRAINING_PASSES, forward_flops
 from longcat_video_fft.model.flow_matching import draw_num_cond_latents
-from longcat_video_fft.options.config_rules import is_installed
+from longcat_video_fft.options.launch import is_installed
 
 if TYPE_CHECKING:
     from longcat_video_fft.options.buckets import Bucket

@@ -14,10 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longcat_video_fft.options.config import TrainConfig, load_config
-from longcat_video_fft.options.data_config import DataConfig, load_data_config
+from longcat_video_fft.options.launch import start_logging
+from longcat_video_fft.options.load import read_configs
+
+if TYPE_CHECKING:
+    from longcat_video_fft.options.data_config import DataConfig
 
 logger = logging.getLogger("longcat_video_fft")
 
@@ -61,27 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
-
-
-def start_logging(*, is_main: bool) -> None:
-    """The main process reports; the others speak up only when something is wrong."""
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for library in ("httpx", "httpx2", "botocore"):  # a line a request
-        logging.getLogger(library).setLevel(logging.WARNING)
-    # The tokenizer tells of captions that are too long; the survey counts them.
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-
-
-def read_configs(words: list[str]) -> tuple[TrainConfig, DataConfig]:
-    """Raises ValueError for whatever is wrong in the two files or on the command line."""
-    config = load_config(words)
-    return config, load_data_config(
-        config.folder / Path(str(config.data_backend_config)).expanduser()
-    )
 
 
 def check_caches_are_folders(data: DataConfig) -> None:

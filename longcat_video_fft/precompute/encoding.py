@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from longcat_video_fft.dataset.samples import CAPTIONS
 from longcat_video_fft.media.bad_video import BadVideoError
 from longcat_video_fft.media.decoding import decode_sample
 from longcat_video_fft.model.vae import COMPILE_FROM
-from longcat_video_fft.precompute.survey import CAPTIONS
 from longcat_video_fft.storage.storage import ObjectVanishedError, StorageError
 
 if TYPE_CHECKING:

@@ -16,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 from longcat_video_fft.dataset.cache import ShardWriter, open_folder
+from longcat_video_fft.dataset.samples import CAPTIONS, SAMPLES, read_samples
 from longcat_video_fft.dataset.sources import open_videos
-from longcat_video_fft.model.text_encoder import MAX_TOKENS, TextEncoder, load_tokenizer
+from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.model.vae import load_video_encoder
+from longcat_video_fft.options.buckets import MAX_TOKENS
 from longcat_video_fft.options.hub import check_free_disk, resolve_artifact
 from longcat_video_fft.precompute.encoding import (
     Failures,
@@ -35,14 +37,7 @@ from longcat_video_fft.precompute.state import (
     permanent,
     report_result,
 )
-from longcat_video_fft.precompute.survey import (
-    CAPTIONS,
-    SAMPLES,
-    Survey,
-    find_rows,
-    read_samples,
-    survey,
-)
+from longcat_video_fft.precompute.survey import Survey, find_rows, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from longcat_video_fft.dataset.cache import TensorCache, open_folder, reject
+from longcat_video_fft.dataset.samples import CAPTIONS, SAMPLES, read_samples
 from longcat_video_fft.media.bad_video import REASONS
 from longcat_video_fft.precompute.encoding import read_failures
 from longcat_video_fft.precompute.metadata import RETRIED_ERRORS
-from longcat_video_fft.precompute.survey import CAPTIONS, SAMPLES, read_samples
 from longcat_video_fft.storage.storage import LocalStorage
 
 if TYPE_CHECKING:

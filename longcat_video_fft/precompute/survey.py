@@ -16,13 +16,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION, caption_id, clean_caption
+from longcat_video_fft.dataset.samples import CAPTIONS, METADATA, SAMPLES
 from longcat_video_fft.media.bad_video import REASONS
-from longcat_video_fft.model.text_encoder import MAX_TOKENS, count_tokens
-from longcat_video_fft.options.buckets import BF16_BYTES, Bucket, parse_bucket
+from longcat_video_fft.model.text_encoder import count_tokens
+from longcat_video_fft.options.buckets import BF16_BYTES, MAX_TOKENS, Bucket, parse_bucket
 from longcat_video_fft.options.data_config import ParquetOptions
 from longcat_video_fft.precompute.metadata import (
     VideoRow,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLES, CAPTIONS, METADATA = "samples.parquet", "captions.parquet", "metadata.parquet"
 TOKENISED_AT_ONCE = 1024
 SHOWN_NAMES = 3
 
@@ -230,15 +229,3 @@ def _write_captions(
     }
     data.text_cache.mkdir(parents=True, exist_ok=True)
     write_table(pa.table(columns), data.text_cache / CAPTIONS)
-
-
-def read_samples(storage: Storage) -> list[tuple[str, int, Bucket, str]]:
-    """(filename, size, promised bucket, caption id) of a latent cache, in the order of work."""
-    table = pq.read_table(pa.BufferReader(storage.read(SAMPLES))).to_pydict()
-    buckets = {text: parse_bucket(text) for text in set(table["bucket"])}
-    return [
-        (name, size, buckets[bucket], caption)
-        for name, size, bucket, caption in zip(
-            table["filename"], table["size"], table["bucket"], table["caption_id"], strict=True
-        )
-    ]

@@ -138,7 +138,7 @@ fi
 
 launch=(accelerate)
 command -v accelerate >/dev/null || launch=("$python" -m accelerate.commands.accelerate_cli)
-words=(--config_file "$folder/accelerate_fsdp2.yaml" --num_processes "$num_processes")
+words=(--config_file "$folder/scripts/accelerate_fsdp2.yaml" --num_processes "$num_processes")
 words+=(--num_machines "$num_machines" --machine_rank "${machine_rank:-0}")
 if [ -n "$main_process_ip" ]; then words+=(--main_process_ip "$main_process_ip"); fi
 if [ -n "$main_process_port" ]; then words+=(--main_process_port "$main_process_port"); fi

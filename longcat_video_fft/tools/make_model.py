@@ -5,9 +5,10 @@
     OUT/dit/config.json     the transformer's shape; training starts it by transformer_init random
     OUT/text_encoder/       UMT5 with fixed random weights: a word is a random direction
     OUT/tokenizer/          byte pairs of the captions, so that a usual word is one token
-    OUT/vae/  scheduler/    the VAE is given (train_vae.py), or random at the released shape
+    OUT/vae/  scheduler/    the VAE is given, or random at the released shape
 
 A random UMT5 tells words apart and knows nothing of their meaning: good for trials with few words.
+tests/demos/longcat_video_fft/train_vae.py of the repository makes a VAE.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.dataset.captions import clean_caption
-from longcat_video_fft.precompute.__main__ import start_logging
+from longcat_video_fft.options.launch import start_logging
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,9 +75,15 @@ def make_model(out: Path, size: str, *, captions: Path, vae: Path | None, seed: 
         ValueError: no captions, no VAE, or a VAE that is not one.
     """
     if vae is None and size != "released":
-        raise ValueError(f"vae is needed with --size {size}; train_vae.py makes one.")
+        raise ValueError(
+            f"vae is needed with --size {size}; "
+            "tests/demos/longcat_video_fft/train_vae.py makes one."
+        )
     if vae is not None and not (vae / "config.json").is_file():
-        raise ValueError(f"vae={vae}: has no config.json. Give the folder that train_vae.py wrote.")
+        raise ValueError(
+            f"vae={vae}: has no config.json. Give the folder that "
+            "tests/demos/longcat_video_fft/train_vae.py wrote."
+        )
     texts = read_captions(captions)
     transformer, text_encoder = SIZES[size]
     out.mkdir(parents=True, exist_ok=True)

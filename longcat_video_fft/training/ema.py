@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longcat_video_fft.model.loading import official_name, reshard
-from longcat_video_fft.training.optimizer import local
+from longcat_video_fft.model.sharding import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

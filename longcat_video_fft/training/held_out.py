@@ -15,11 +15,11 @@ from longcat_video_fft.model.flow_matching import (
     Noised,
     add_noise,
     make_generator,
-    sample_losses,
     to_device,
 )
 from longcat_video_fft.model.loading import reshard
-from longcat_video_fft.training.parallel import all_sum
+from longcat_video_fft.model.loss import sample_losses
+from longcat_video_fft.training.distributed import all_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""Processes and sharding: activation checkpointing, then compile, then FSDP2, in that order.
+"""Sharding: activation checkpointing, then compile, then FSDP2, in that order.
 
 The processes are laid out as (replicas, shards): parameters are cut over the shards of one replica
 (FSDP2) and copied over the replicas (HSDP). Under context parallelism `context_parallel_size`
@@ -9,8 +9,6 @@ Losses come in as sums divided by the *global* count: gradients are summed, neve
 from __future__ import annotations
 
 import logging
-import os
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +24,11 @@ from torch.utils.checkpoint import (
 )
 
 from longcat_video_fft.model.attention_kernels import resolve, use_backend
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.options.config_rules import free_blocks, offloaded_blocks
 from longcat_video_fft.training.ema import Ema
 from longcat_video_fft.training.offload import ObservedBlock, PinnedStore
-from longcat_video_fft.training.optimizer import build_optimizer, local, parameter_groups
+from longcat_video_fft.training.optimizer import build_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     import contextlib
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 1024
-LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large checkpoint
 ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -49,33 +47,6 @@ ATTENTION_OPS = (
     torch.ops.longcat_video_fft.flash4.default,  # of attention_kernels
 )
 PRODUCT_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
-
-
-def init_processes() -> torch.device:
-    """Joins the process group that accelerate or torchrun describe; alone otherwise."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") != "true"
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=LONGEST_WAIT)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
-    return device
-
-
-def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """The sum over all processes of a CPU tensor, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 def master_dtype(config: TrainConfig) -> torch.dtype:

@@ -32,8 +32,8 @@ from longcat_video_fft.model.pipeline import LongCatVideoPipeline
 from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.options.config_rules import parse_resolution
 from longcat_video_fft.precompute.job import find_models
+from longcat_video_fft.training.distributed import all_sum, is_main_process
 from longcat_video_fft.training.held_out import held_out_loss
-from longcat_video_fft.training.parallel import all_sum, is_main_process
 
 if TYPE_CHECKING:
     from longcat_video_fft.dataset.latents import LatentDataset

@@ -26,14 +26,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 from data.make_videos import make_videos
 from longcat_video_fft.dataset.cache import ShardWriter, open_folder
 from longcat_video_fft.dataset.latents import LatentDataset
+from longcat_video_fft.dataset.samples import read_samples
 from longcat_video_fft.dataset.sources import open_videos
 from longcat_video_fft.media.decoding import decode_sample
 from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.model.vae import VideoEncoder, load_video_encoder
-from longcat_video_fft.options.config import load_config
-from longcat_video_fft.options.data_config import load_data_config
-from longcat_video_fft.precompute import encoding
-from longcat_video_fft.precompute import job as make_caches
+from longcat_video_fft.options.load import load_config, load_data_config
+from longcat_video_fft.precompute import encoding, job
 from longcat_video_fft.precompute.processes import Processes
 from tests.longcat_video_fft.support.tiny import Tiny, make_tokenizer, write_configs
 
@@ -86,7 +85,7 @@ def build_stage(config: Any, data: Any, models: Any, *, compiles: bool) -> encod
         load_video_encoder(models.vae, device, dtype=torch.bfloat16, chunk_frames=chunk),
         ShardWriter(data.latent_cache, 0),
         encoding.Failures(data.latent_cache, 0),
-        workers=min(make_caches.MAX_DECODE_WORKERS, os.cpu_count() or 1),
+        workers=min(job.MAX_DECODE_WORKERS, os.cpu_count() or 1),
         compiles=compiles,
         on_done=lambda *_: None,
     )
@@ -152,7 +151,7 @@ def time_text(models: Any) -> None:
     seconds = (time.perf_counter() - started) / 10
     say(f"UMT5-XXL, 32 captions of 128 tokens: {seconds * 1e3:.0f} ms, {32 / seconds:.0f}/s")
     del encoder
-    make_caches.release_memory()
+    job.release_memory()
 
 
 def time_reads(data: Any) -> None:
@@ -196,14 +195,14 @@ def main() -> None:
         )
         config = load_config(["--config", str(path)])
         data = load_data_config(path.with_name("databackend.json"))
-        models = make_caches.find_models(config)
+        models = job.find_models(config)
         started = time.perf_counter()
-        planned = make_caches.plan(config, data, models, False)
+        planned = job.plan(config, data, models, False)
         say(f"plan: {time.perf_counter() - started:.1f} s, buckets {dict(planned[0].buckets)}")
         started = time.perf_counter()
-        make_caches.embed_captions(data, models, processes, open_folder(data.text_cache), planned)
+        job.embed_captions(data, models, processes, open_folder(data.text_cache), planned)
         say(f"captions stage: {time.perf_counter() - started:.1f} s with loading")
-        jobs = make_caches.read_samples(open_folder(data.latent_cache).storage)
+        jobs = read_samples(open_folder(data.latent_cache).storage)
         if frames == 93:
             time_stage(build_stage(config, data, models, compiles=False), jobs[:20], "eager")
         stage = build_stage(config, data, models, compiles=True)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longcat_video_fft.precompute.__main__ import start_logging
+from longcat_video_fft.options.launch import start_logging
 from tests.demos.longcat_video_fft.judge import draw_grid, generate_videos, load, read_prompts
 from tests.demos.longcat_video_fft.trial import ROOT, Trial, run, run_stage, say, stage_seconds
 

@@ -3,8 +3,8 @@
     captions of HELD_OUT -> videos -> OUT/generated/*.mp4 -> data.read_videos -> shares right
                                    -> grid.png
 
-The detector lies in the repository's data/, beside this folder, and looks at the finished mp4
-files. small_result.py and demo.py use this.
+The detector lies in the repository's data/ and looks at the finished mp4 files. small_result.py and
+demo.py use this.
 """
 
 from __future__ import annotations

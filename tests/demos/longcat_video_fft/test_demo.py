@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from longcat_video_fft.media.video_file import read_frames
-from longcat_video_fft.options.config import load_config
-from longcat_video_fft.options.data_config import load_data_config
+from longcat_video_fft.options.load import load_config, load_data_config
 from tests.demos.longcat_video_fft import demo, trial
 
 if TYPE_CHECKING:

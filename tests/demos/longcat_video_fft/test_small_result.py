@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from data.shapes import Combination, list_combinations, parse_caption, render_scene, scene_of
-from longcat_video_fft.options.config import load_config
-from longcat_video_fft.options.data_config import load_data_config
+from longcat_video_fft.options.load import load_config, load_data_config
 from tests.demos.longcat_video_fft import judge, small_result, trial
 from tests.demos.longcat_video_fft.trial import OutOfTimeError, Trial
 

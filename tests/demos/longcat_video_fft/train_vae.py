@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_video_fft.options.buckets import FRAME_STRIDE, TOKEN_STRIDE, BucketRule
-from longcat_video_fft.precompute.__main__ import start_logging
+from longcat_video_fft.options.launch import start_logging
 from tests.demos.longcat_video_fft.small_vae import (
     build_vae,
     decode,

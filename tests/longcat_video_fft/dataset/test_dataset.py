@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader
 from longcat_video_fft.dataset.cache import CorruptEntryError, ShardWriter
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION, caption_id
 from longcat_video_fft.dataset.latents import Batch, LatentDataset
+from longcat_video_fft.dataset.samples import SAMPLES
 from longcat_video_fft.options.buckets import Bucket
-from longcat_video_fft.options.data_config import DataConfig, load_data_config
-from longcat_video_fft.precompute.survey import SAMPLES
+from longcat_video_fft.options.load import load_data_config
 from tests.longcat_video_fft.support.s3_server import put_objects
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from longcat_video_fft.options.data_config import DataConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from longcat_video_fft.model.attention_kernels import (
     resolve,
     use_backend,
 )
-from longcat_video_fft.options.config_rules import is_installed
+from longcat_video_fft.options.launch import is_installed
 
 needs_flash4 = pytest.mark.skipif(
     not torch.cuda.is_available() or not is_installed("flash-attn-4"),

@@ -10,13 +10,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
 from longcat_video_fft.dataset.captions import clean_caption
-from longcat_video_fft.model.text_encoder import (
-    MAX_TOKENS,
-    TextEncoder,
-    count_tokens,
-    load_tokenizer,
-)
+from longcat_video_fft.model.text_encoder import TextEncoder, count_tokens, load_tokenizer
 from longcat_video_fft.model.vae import load_video_encoder
+from longcat_video_fft.options.buckets import MAX_TOKENS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,9 +23,9 @@ from longcat_video_fft.model.flow_matching import (
     draw_num_cond_latents,
     hash_key,
     prepare,
-    sample_losses,
     shift_sigma,
 )
+from longcat_video_fft.model.loss import sample_losses
 from longcat_video_fft.options.buckets import Bucket
 from longcat_video_fft.options.config import TrainConfig
 

@@ -16,7 +16,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from longcat_video_fft.dataset.latents import Batch
-from longcat_video_fft.model.flow_matching import prepare, sample_losses
+from longcat_video_fft.model.flow_matching import prepare
+from longcat_video_fft.model.loss import sample_losses
 from longcat_video_fft.model.pipeline import LongCatVideoPipeline
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.buckets import Bucket

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from longcat_video_fft.options.config import FIELDS, OFFICIAL_MODEL, TrainConfig, load_config
-from longcat_video_fft.precompute.__main__ import check_caches_are_folders, main, read_configs
+from longcat_video_fft.options.config import FIELDS, OFFICIAL_MODEL, TrainConfig
+from longcat_video_fft.options.load import load_config, read_configs
+from longcat_video_fft.precompute.__main__ import check_caches_are_folders, main
 from tests.longcat_video_fft.support.tiny import ROOT, launch_env
 
 SHIPPED = ROOT / "longcat_video_fft" / "training_config.json"
@@ -187,7 +188,7 @@ def test_a_cache_is_not_made_in_s3(tmp_path: Path, key: str) -> None:
 
 def test_importing_the_command_loads_nothing_heavy() -> None:
     script = (
-        "import sys, longcat_video_fft.precompute\n"
+        "import sys, longcat_video_fft.precompute.__main__\n"
         f"heavy = {set(HEAVY)} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

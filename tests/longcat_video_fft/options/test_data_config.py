@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from longcat_video_fft.options.buckets import BucketRule
-from longcat_video_fft.options.data_config import REFUSED, DataConfig, load_data_config
+from longcat_video_fft.options.data_rules import REFUSED
+from longcat_video_fft.options.load import load_data_config
 from tests.longcat_video_fft.support.tiny import ROOT
+
+if TYPE_CHECKING:
+    from longcat_video_fft.options.data_config import DataConfig
 
 FOLDER = ROOT / "longcat_video_fft"
 SHIPPED = ["databackend.json", "databackend-with-parquet.json", "databackend-local.json"]

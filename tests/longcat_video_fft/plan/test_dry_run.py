@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from longcat_video_fft.options.load import read_configs
 from longcat_video_fft.plan import dry_run as plan
-from longcat_video_fft.precompute.__main__ import read_configs
 from longcat_video_fft.train import main
 from tests.longcat_video_fft.support.plan_samples import add_dit, write_planned
 from tests.longcat_video_fft.support.tiny import Tiny, make_model, precompute

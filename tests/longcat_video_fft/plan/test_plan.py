@@ -17,7 +17,7 @@ from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.buckets import Bucket
 from longcat_video_fft.options.config import TrainConfig
 from longcat_video_fft.options.config_rules import check_world
-from longcat_video_fft.plan import dry_run as plan
+from longcat_video_fft.plan import dry_run
 from longcat_video_fft.plan import time as plan_time
 from longcat_video_fft.plan.inputs import Samples
 from longcat_video_fft.plan.memory import (
@@ -195,16 +195,16 @@ def test_host_memory_is_told_and_checked(
     whole = 37_440 * (13.85 * 4096 + 3 * 11_008) * 2
     assert host["offloaded activations"] == pytest.approx(1.2 * 23 * whole, rel=1e-6)
     needed = sum(host.values())
-    monkeypatch.setattr(plan, "host_memory", lambda: 8 * needed)
-    assert plan.host_problems(memory, 8) == []
-    monkeypatch.setattr(plan, "host_memory", lambda: 8 * needed - 1)
-    (problem,) = plan.host_problems(memory, 8)
+    monkeypatch.setattr(dry_run, "host_memory", lambda: 8 * needed)
+    assert dry_run.host_problems(memory, 8) == []
+    monkeypatch.setattr(dry_run, "host_memory", lambda: 8 * needed - 1)
+    (problem,) = dry_run.host_problems(memory, 8)
     assert "for 8 GPUs here" in problem
     assert "lower activation_offload_blocks" in problem
 
 
 def test_host_memory_of_this_machine() -> None:
-    assert 2**30 < plan.host_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**30 < dry_run.host_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def samples_of(*buckets: Bucket, batch_size: int = 1, seed: int = 0) -> Samples:

@@ -15,8 +15,8 @@ import pytest
 from data.make_videos import make_videos
 from longcat_video_fft.dataset.cache import open_folder
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION
-from longcat_video_fft.options import hub as artifacts
-from longcat_video_fft.options.data_config import load_data_config
+from longcat_video_fft.options import hub
+from longcat_video_fft.options.load import load_data_config
 from longcat_video_fft.precompute.encoding import read_failures
 from longcat_video_fft.precompute.job import lock_cache
 from longcat_video_fft.precompute.state import is_complete
@@ -205,7 +205,7 @@ def test_a_disk_that_is_too_small_is_refused_before_work(
     class Usage:
         free = 10_000
 
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: Usage)
     found = message(write_configs(tmp_path, tiny), capsys)
     assert f"caches of {NUM_VIDEOS} more videos needs" in found
     assert not list(tmp_path.rglob("*.shard"))

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from longcat_video_fft.model.loading import load_weights
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.config import TrainConfig
-from longcat_video_fft.training.optimizer import local
 from longcat_video_fft.training.parallel import Engine
 
 SIZES: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.training.ema import Ema
-from longcat_video_fft.training.optimizer import local
 from tests.longcat_video_fft.support.small_engine import (
     differing,
     make_engine,

@@ -20,12 +20,14 @@ from longcat_video_fft import export, generate
 from longcat_video_fft.generate import load_pipeline
 from longcat_video_fft.media.video_file import read_frames, video_shape, write_mp4
 from longcat_video_fft.model.loading import load_weights, save_transformer
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.config import TrainConfig
+from longcat_video_fft.training import export as work
 from longcat_video_fft.training.checkpoint import Checkpointer
-from longcat_video_fft.training.parallel import Engine, local
+from longcat_video_fft.training.parallel import Engine
 from tests.longcat_video_fft.support.spawn import spawn
-from tests.longcat_video_fft.support.tiny import make_model
+from tests.longcat_video_fft.support.tiny import ROOT, make_model
 
 TOKENS = 16
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -81,7 +83,7 @@ def make_config(base: Path, **values: Any) -> TrainConfig:
 def write(base: Path, folder: Path, *, layout: str = "both", **values: Any) -> Any:
     """An export of a new transformer, which is returned."""
     module = make_transformer()
-    export.write_export(
+    work.write_export(
         module, make_config(base), folder, base, layout=layout, is_main=True,
         **{"dtype": torch.float32, **values},
     )  # fmt: skip
@@ -157,7 +159,7 @@ def test_export_again_replaces_everything_and_spares_what_was_linked(
     write(base, out)
     first = (out / "dit" / WEIGHTS).read_bytes()
     vae = (base / "vae" / WEIGHTS).read_bytes()
-    export.write_export(
+    work.write_export(
         make_transformer(5), make_config(base), out, base, layout="both", is_main=True
     )
     again = (out / "dit" / WEIGHTS).read_bytes()
@@ -167,7 +169,7 @@ def test_export_again_replaces_everything_and_spares_what_was_linked(
 
 
 def test_an_export_is_a_model_to_train_or_export_from(exported: Path, tmp_path: Path) -> None:
-    assert export.find_companions(make_config(exported), tmp_path) == exported
+    assert work.find_companions(make_config(exported), tmp_path) == exported
     write(exported, tmp_path / "next", layout="official")
     made = {path.name for path in (tmp_path / "next").iterdir()}
     assert made == {"dit", "vae", "text_encoder", "tokenizer", "scheduler"}
@@ -180,7 +182,7 @@ def test_a_copy_is_made_where_links_cannot_be(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    export.copy_folder(base / "vae", tmp_path / "vae")
+    work.copy_folder(base / "vae", tmp_path / "vae")
     assert (tmp_path / "vae" / WEIGHTS).read_bytes() == (base / "vae" / WEIGHTS).read_bytes()
     assert not (tmp_path / "vae" / WEIGHTS).samefile(base / "vae" / WEIGHTS)
 
@@ -188,26 +190,26 @@ def test_a_copy_is_made_where_links_cannot_be(
 def test_a_link_of_the_hub_s_cache_becomes_its_file(base: Path, tmp_path: Path) -> None:
     (tmp_path / "cached").mkdir()
     (tmp_path / "cached" / "config.json").symlink_to(base / "vae" / "config.json")
-    export.copy_folder(tmp_path / "cached", tmp_path / "made")
+    work.copy_folder(tmp_path / "cached", tmp_path / "made")
     assert not (tmp_path / "made" / "config.json").is_symlink()
     assert (tmp_path / "made" / "config.json").read_bytes()
 
 
 def test_model_is_not_written_over_what_it_began_from(base: Path) -> None:
     with pytest.raises(ValueError, match="holds the model that the training begins from"):
-        export.find_companions(make_config(base), base)
+        work.find_companions(make_config(base), base)
 
 
 def test_missing_companion_is_named(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError, match="has no text_encoder, tokenizer"):
-        export.find_companions(make_config(tmp_path), tmp_path / "out")
+        work.find_companions(make_config(tmp_path), tmp_path / "out")
 
 
 def test_code_that_needs_another_module_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("from longcat_video_fft.options.config import TrainConfig\n")
-    with pytest.raises(ValueError, match=r"a\.py: imports longcat_video_fft\.config"):
-        export.join_modules(tmp_path / "a.py", [])
+    with pytest.raises(ValueError, match=r"a\.py: imports longcat_video_fft\.options\.config"):
+        work.join_modules(tmp_path / "a.py", [])
 
 
 def test_generate_from_both_layouts(base: Path, exported: Path, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def train_and_save(base: str, out: str) -> None:
     checkpointer = Checkpointer(engine, Path(out), keep_last=2, identity=dict(model.config))
     checkpointer.save(3)
     checkpointer.wait()
-    export.export_model(engine, config, Path(out))
+    work.export_model(engine, config, Path(out))
 
 
 @pytest.mark.dist
@@ -269,7 +271,11 @@ def test_export_of_two_devices_and_of_their_checkpoint(
     words = ["--config", str(tmp_path / "config.json"), "--checkpoint"]
     for number, flags in enumerate(([], ["--ema"])):
         made = tmp_path / f"made{number}"
-        assert export.main([*words, "latest", "--output", str(made), *flags]) == 0
+        # As a user runs it: as a module that is `__main__`.
+        command = [sys.executable, "-m", "longcat_video_fft.export", *words, "latest"]
+        subprocess.run([*command, "--output", str(made), *flags], check=True, cwd=ROOT)
+        code = Path("transformer") / f"{work.MODULE}.py"
+        assert (made / code).read_bytes() == (out / code).read_bytes()
         scale = 0.5 if flags else 1.0
         for name, value in load_file(made / "transformer" / WEIGHTS).items():
             assert torch.equal(value, (own[name] * scale).bfloat16()), name

@@ -12,14 +12,15 @@ import torch
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION, caption_id
 from longcat_video_fft.dataset.latents import LatentDataset
 from longcat_video_fft.dataset.sampler import split_held_out
+from longcat_video_fft.dataset.samples import SAMPLES
 from longcat_video_fft.model.flow_matching import make_generator
 from longcat_video_fft.model.loading import load_weights
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.buckets import Bucket
 from longcat_video_fft.options.config import TrainConfig
-from longcat_video_fft.precompute.survey import SAMPLES
 from longcat_video_fft.training.held_out import TIMESTEPS, held_out_loss
-from longcat_video_fft.training.parallel import Engine, local
+from longcat_video_fft.training.parallel import Engine
 from tests.longcat_video_fft.dataset.test_dataset import configure, write_shards
 from tests.longcat_video_fft.support.spawn import join_alone, spawn
 

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from longcat_video_fft.model.sharding import first_element, random_bits, random_keys
 from longcat_video_fft.options.config import TrainConfig
 from longcat_video_fft.training.optimizer import (
     FLOAT8_MIN,
     LowPrecisionAdamW,
     build_optimizer,
-    first_element,
     lr_scale,
     parameter_groups,
-    random_bits,
-    random_keys,
     round_stochastically,
     set_lr,
 )

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from longcat_video_fft.dataset.latents import LatentDataset
 from longcat_video_fft.media.video_file import read_frames, write_mp4
 from longcat_video_fft.model.loading import load_weights
+from longcat_video_fft.model.sharding import local
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.config import TrainConfig
-from longcat_video_fft.precompute.__main__ import read_configs
+from longcat_video_fft.options.load import read_configs
 from longcat_video_fft.training import validation
-from longcat_video_fft.training.parallel import Engine, is_main_process, local
+from longcat_video_fft.training.distributed import is_main_process
+from longcat_video_fft.training.parallel import Engine
 from longcat_video_fft.training.tracker import Tracker
 from longcat_video_fft.training.validation import EMBEDDINGS, Validation, read_prompts
 from tests.longcat_video_fft.support.spawn import join_alone, spawn
