@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -55,19 +56,22 @@ MACHINE_PATHS = r"(?<![\w.$})\]/-])/(?:work|root|home/\w+)(?![\w-])"
 PRIVATE_KEY = r"BEGIN (?:[A-Z]+ )?PRIVATE KEY"
 
 
-def _list_files() -> list[Path]:
-    """All files that git tracks or would track; without git, all but what .gitignore is about."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    if shutil.which("git") and (ROOT / ".git").exists():
-        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def _list_files(root: Path = ROOT) -> list[Path]:
+    """All files that git tracks; without git, all but what .gitignore is about.
+
+    A user's own files are none of the tests' business; a new one counts from `git add` on.
+    """
+    command = ["git", "ls-files", "--cached", "-z"]
+    if shutil.which("git") and (root / ".git").exists():
+        listing = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if listing.returncode == 0:
             names = [name for name in listing.stdout.split("\0") if name]
-            return sorted({ROOT / name for name in names if (ROOT / name).is_file()})
+            return sorted({root / name for name in names if (root / name).is_file()})
     skipped = re.compile(r"^(\.git|\.venv|\.whl|runs|build|\..*_cache|.*\.egg-info|__pycache__)$")
     return sorted(
         path
-        for path in ROOT.rglob("*")
-        if path.is_file() and not any(map(skipped.match, path.relative_to(ROOT).parts))
+        for path in root.rglob("*")
+        if path.is_file() and not any(map(skipped.match, path.relative_to(root).parts))
     )
 
 
@@ -253,6 +257,23 @@ def test_lock_agrees_with_pins() -> None:
         assert not outside, f"requirements.lock has {outside} for {item}: run `make lock`"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git tells which files are the user's")
+def test_what_git_does_not_track_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # as in a hook
+        monkeypatch.delenv(name)
+    for name in ("tracked.py", "folder/tracked.md", "own.txt", "folder/own.md", "gone.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    tracked = ["tracked.py", "folder/tracked.md", "gone.py"]
+    subprocess.run(["git", "add", *tracked], cwd=tmp_path, check=True)
+    (tmp_path / "gone.py").unlink()
+    found = [path.relative_to(tmp_path).as_posix() for path in _list_files(tmp_path)]
+    assert found == ["folder/tracked.md", "tracked.py"]
+
+
 def test_root_has_no_stray_files() -> None:
     assert {path for path in CONTENTS if "/" not in path} == ROOT_FILES
 
@@ -350,7 +371,7 @@ def _run_setup(folder: Path, **variables: str) -> subprocess.CompletedProcess[st
         env={"PATH": "/usr/bin:/bin", "HOME": str(folder)} | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
