@@ -64,10 +64,6 @@ for host in "${hosts[@]}"; do echo "$host slots=$num_gpus"; done >"$hostfile"
 
 words=(--no_ssh --hostfile="$hostfile" --num_nodes="${#hosts[@]}" --num_gpus="$num_gpus")
 words+=(--master_addr="${hosts[0]}" --master_port="${MASTER_PORT:-29500}" train_ds.py "$@")
-# shellcheck disable=SC2016  # each node has its own SLURM_NODEID
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
-  bash -c 'exec deepspeed --node_rank="$SLURM_NODEID" "$@"' bash "${words[@]}" &
-step=$!
 is_stopped=false
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
@@ -76,7 +72,11 @@ stop() {
   srun --overlap --ntasks-per-node=1 \
     pkill -USR1 -u "$(id -u)" -f '^[^ ]+ -u train_ds\.py' || true
 }
-trap stop USR1
+trap stop USR1  # before the start: without it a signal ends this script alone
+# shellcheck disable=SC2016  # each node has its own SLURM_NODEID
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
+  bash -c 'exec deepspeed --node_rank="$SLURM_NODEID" "$@"' bash "${words[@]}" &
+step=$!
 while kill -0 "$step" 2>/dev/null; do
   wait "$step" || true  # a signal ends it early
 done

@@ -145,10 +145,11 @@ if [ -n "$main_process_port" ]; then words+=(--main_process_port "$main_process_
 words+=(-m longcat_video_fft.train "--config=$config" "${options[@]}")
 
 # On SIGTERM the training saves a checkpoint and ends. Only its processes are told: the launcher
-# would kill them after 30 seconds.
+# would kill them after 30 seconds. The trap comes before the start: without it a signal ends this
+# script alone.
+trap 'pkill -TERM -P "$!" || true' TERM
 "${launch[@]}" launch "${words[@]}" &
 launcher=$!
-trap 'pkill -TERM -P "$launcher" || true' TERM
 while kill -0 "$launcher" 2>/dev/null; do
   wait "$launcher" || true  # a signal ends it early
 done

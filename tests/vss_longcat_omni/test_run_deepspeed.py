@@ -78,7 +78,7 @@ class Cluster:
     def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", self.script, *words], cwd=self.folder, env=self.environment(**env),
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
 
     def calls(self) -> list[list[str]]:
@@ -217,14 +217,16 @@ def test_mistakes_start_nothing(cluster: Cluster, name: str, value: str, message
 def test_it_saves_before_its_time_is_up_and_queues_again(cluster: Cluster) -> None:
     """The second srun runs pkill; the training's processes are told by their command line."""
     (cluster.folder / "train_ds.py").write_text(
-        "import signal, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: (print('saved', flush=True), sys.exit()))\n"
+        "pathlib.Path('pid').write_text(str(os.getpid()))\n"
         "print('ready', flush=True)\n"
-        "time.sleep(60)\n"
+        "for _ in range(6000):\n"
+        "    time.sleep(0.05)\n"
     )
     # pkill -f would also find such processes of other tests: this one signals its own alone.
     worker = f"{sys.executable} -u train_ds.py --local_rank=0"
-    cluster.program("deepspeed", f"#!/bin/sh\n{worker} &\necho $! >pid\nwait $!\n")
+    cluster.program("deepspeed", f"#!/bin/sh\nexec {worker}\n")
     cluster.program("pkill", f'{RECORDER}os.kill(int(open("pid").read()), 10)\n')
     process = subprocess.Popen(
         ["bash", cluster.script], cwd=cluster.folder, env=cluster.environment(),
@@ -233,7 +235,7 @@ def test_it_saves_before_its_time_is_up_and_queues_again(cluster: Cluster) -> No
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=240)
     assert (rest, process.returncode) == ("saved\n", 0)
     (pkill, *words), requeue = cluster.calls()
     assert requeue == ["scontrol", "requeue", "5"]

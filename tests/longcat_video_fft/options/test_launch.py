@@ -28,6 +28,8 @@ import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
+# Of a program that a signal ends: for five minutes, so that it does not outlive a test that fails.
+WAIT = "for _ in $(seq 6000); do sleep 0.05; done"
 
 
 @dataclass
@@ -239,7 +241,7 @@ def test_sigterm_reaches_the_training_and_not_the_launcher(shell: Shell) -> None
         "accelerate",
         "#!/usr/bin/env bash\n"
         "trap 'echo launcher got it' TERM\n"
-        "bash -c 'trap \"echo saved; exit 0\" TERM; echo ready; while :; do sleep 0.05; done'\n"
+        f"bash -c 'trap \"echo saved; exit 0\" TERM; echo ready; {WAIT}'\n"
         "echo ended\n",
     )
     process = subprocess.Popen(
@@ -249,7 +251,7 @@ def test_sigterm_reaches_the_training_and_not_the_launcher(shell: Shell) -> None
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=240)
     assert rest == "saved\nended\n"
     assert process.returncode == 0
 
@@ -273,13 +275,13 @@ def test_sbatch_saves_before_its_time_is_up_and_queues_again(shell: Shell) -> No
     shell.program("scontrol", RECORDER)
     worker = "exec -a longcat-test-python bash worker -u -m longcat_video_fft.train"
     (shell.folder / "worker").write_text(
-        "trap 'echo saved; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n"
+        f"trap 'echo saved; exit 0' TERM\necho $$ > pid\necho ready\n{WAIT}\n"
     )
     shell.program(
         "srun",
         "#!/usr/bin/env bash\n"
         f'if [ "$1" = --overlap ]; then echo "$*" > "$RECORD.overlap"; kill -TERM "$(cat pid)"\n'
-        f"else ( {worker} ) & echo $! > pid; wait $!; fi\n",
+        f"else {worker}; fi\n",
     )
     process = subprocess.Popen(
         ["bash", str(SBATCH)], cwd=shell.folder, stdout=subprocess.PIPE, text=True,
@@ -288,7 +290,7 @@ def test_sbatch_saves_before_its_time_is_up_and_queues_again(shell: Shell) -> No
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=240)
     assert (rest, process.returncode) == ("saved\n", 0)
     assert shell.calls() == [["scontrol", "requeue", "5"]]
     words = Path(f"{shell.record}.overlap").read_text().split()
