@@ -158,17 +158,25 @@ def test_second_run_makes_only_what_is_missing(
 
 def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data.make_speech", "--count", "100", "--workers", "2"]
-    killed = tmp_path / "killed"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    make_speech(whole, count=100, show_progress=False)
+    clip = max(whole.rglob("*.wav")).relative_to(whole)
+    pipe = killed / clip.with_name(f"{clip.name}.part")
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)  # nobody reads it: the run waits there, and is not done before it is killed
     with subprocess.Popen(
         [*command, str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        while process.poll() is None and len(list(killed.rglob("*.wav"))) < 10:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            while len(list(killed.rglob("*.wav"))) < 10:
+                assert process.poll() is None
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert not (killed / "data.jsonl").exists()
+    pipe.unlink()
     subprocess.run([*command, str(killed)], cwd=ROOT, check=True, capture_output=True)
-    make_speech(tmp_path / "whole", count=100, show_progress=False)
-    assert digests(killed) == digests(tmp_path / "whole")
+    assert digests(killed) == digests(whole)
 
 
 @pytest.mark.parametrize(

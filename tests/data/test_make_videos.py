@@ -187,13 +187,20 @@ def test_a_failed_write_leaves_no_video(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data.make_videos", "--count", "80", "--workers", "2"]
     killed = tmp_path / "killed"
+    pipe = killed / "000" / "000079.mp4.part"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)  # nobody reads it: the run waits there, and is not done before it is killed
     with subprocess.Popen(
         [*command, str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        while process.poll() is None and len(list(killed.rglob("*.mp4"))) < 10:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            while len(list(killed.rglob("*.mp4"))) < 10:
+                assert process.poll() is None
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert len(list(killed.rglob("*.mp4"))) < 80
+    pipe.unlink()
     subprocess.run([*command, str(killed)], cwd=ROOT, check=True, capture_output=True)
     make_videos(tmp_path / "whole", count=80, show_progress=False)
     assert digests(killed) == digests(tmp_path / "whole")

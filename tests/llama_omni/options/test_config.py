@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -306,20 +305,17 @@ def test_batch_arithmetic() -> None:
 
 def test_mistakes_are_told_before_anything_heavy_loads() -> None:
     script = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from llama_omni.train import main\n"
         "code = main(['--learning_rat', '1'])\n"
-        "assert time.perf_counter() - start < 1\n"
         "heavy = {'torch', 'transformers', 'numpy', 'deepspeed'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "sys.exit(code)\n"
     )
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=FOLDER.parent, capture_output=True, text=True,
-        check=False,
+        check=False, timeout=240,
     )  # fmt: skip
-    assert time.monotonic() - start < 3  # with Python's own start, on a busy machine
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
         "error: the command line: unknown key 'learning_rat'. Did you mean 'learning_rate'?\n"

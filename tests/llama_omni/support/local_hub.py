@@ -120,7 +120,7 @@ class HubRequest(BaseHTTPRequestHandler):
         self._reply(206 if byte_range else 200, body, headers, end=end)
         if end is not None and end == repository.stall_after:
             self.server.stalled.set()
-            self.server.closing.wait(60)
+            self.server.closing.wait()
 
     def _reply(
         self, status: int, body: bytes, headers: dict[str, str], *, end: int | None = None

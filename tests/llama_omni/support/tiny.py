@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FOLDER = Path(__file__).parents[3] / "llama_omni"
 NUM_UNITS = 40
@@ -94,6 +99,15 @@ def train(argv: list[str]) -> int:
     from llama_omni.train import main
 
     return main(argv)
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other program is given meanwhile; torch's store may still listen on it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def launch(

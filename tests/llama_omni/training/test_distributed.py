@@ -22,6 +22,7 @@ from tests.llama_omni.support.tiny import (
     launch,
     losses,
     metrics,
+    reserved_port,
     train,
     write_jsonl,
 )
@@ -151,17 +152,19 @@ def test_accelerate_launch(tiny: Tiny, one: dict[int, Path], tmp_path: Path) -> 
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", "configs/accelerate_fsdp2.yaml", "--num_processes", "2"]
+    command += ["--main_process_port", "0"]
     log = run_launcher([*command, "train.py", *tiny.stage1(tmp_path, **SCHEDULE | TWO)])
     assert "2 device(s)" in log
     assert "fsdp2 on cpu" in log
     assert_equal_runs(tmp_path, one[1], loss=1e-5, weight=1e-6)
 
 
-def deepspeed(argv: list[str], zero: int, *, port: int) -> str:
+def deepspeed(argv: list[str], zero: int) -> str:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-    command += ["--master_port", str(port), "train.py", *argv]
     config = f"configs/ds_zero{zero}_config.json"
-    return run_launcher([*command, "--deepspeed", config], {"DS_ACCELERATOR": "cpu"})
+    with reserved_port() as port:
+        command += ["--master_port", str(port), "train.py", *argv, "--deepspeed", config]
+        return run_launcher(command, {"DS_ACCELERATOR": "cpu"})
 
 
 @needs_compiler
@@ -169,7 +172,7 @@ def deepspeed(argv: list[str], zero: int, *, port: int) -> str:
 def test_deepspeed_equals_one_process(
     tiny: Tiny, one: dict[int, Path], tmp_path: Path, zero: int
 ) -> None:
-    log = deepspeed(tiny.stage1(tmp_path, **SCHEDULE | TWO), zero, port=29600 + zero)
+    log = deepspeed(tiny.stage1(tmp_path, **SCHEDULE | TWO), zero)
     assert "deepspeed on cpu" in log
     assert_equal_runs(tmp_path, one[1], loss=1e-5, weight=1e-5)
 
@@ -181,9 +184,9 @@ def test_deepspeed_equals_one_process(
 def test_deepspeed_resumes(tiny: Tiny, tmp_path: Path, zero: int, stage: int) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = SCHEDULE | TWO
-    deepspeed(tiny.stage(stage, whole, **options), zero, port=29610)
+    deepspeed(tiny.stage(stage, whole, **options), zero)
     options["resume_from_checkpoint"] = whole / "checkpoint-2"
-    deepspeed(tiny.stage(stage, resumed, **options), zero, port=29611)
+    deepspeed(tiny.stage(stage, resumed, **options), zero)
     assert [line["step"] for line in metrics(resumed)] == [3, 4]
     assert losses(resumed) == pytest.approx(losses(whole)[2:], abs=1e-6)
     assert_same_weights(whole / "final_model", resumed / "final_model", atol=1e-6)

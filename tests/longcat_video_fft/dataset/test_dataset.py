@@ -241,7 +241,7 @@ def test_caches_in_s3_are_the_same(
     if start_method == "forkserver":  # a server that runs already does not know the credentials
         forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
     loader = DataLoader(
-        there, sampler=range(here.order.epoch_length), batch_size=None, num_workers=2, timeout=60,
+        there, sampler=range(here.order.epoch_length), batch_size=None, num_workers=2, timeout=300,
         multiprocessing_context=start_method,
     )  # fmt: skip
     for one, other in zip(local, loader, strict=True):

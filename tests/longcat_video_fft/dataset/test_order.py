@@ -176,5 +176,5 @@ def test_half_a_million_samples_take_seconds() -> None:
     order = TrainingOrder(names, buckets, batch_size=1, seed=42)
     order.micro_batch(0)
     order.micro_batch(order.epoch_length)
-    assert time.process_time() - start < 20  # 5 on an idle machine
+    assert time.process_time() - start < 200  # 5 on an idle machine; hours for a loop in a loop
     assert order.epoch_length == 500_000

@@ -83,7 +83,7 @@ def check(data: bytes) -> str:
         assert header.codec
         outcome = "good"
     assert outcome in ("good", *get_args(Reason))
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 10  # 0.05 at most on an idle machine
     assert len(source.reads) <= mp4_header.MAX_REQUESTS
     assert sum(source.reads) <= mp4_header.MAX_HEADER_BYTES
     return outcome

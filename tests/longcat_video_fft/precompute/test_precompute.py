@@ -105,7 +105,8 @@ def test_more_processes_make_the_same(
 @pytest.mark.dist
 def test_accelerate_launches_it(tiny: Tiny, tmp_path: Path, undisturbed: Both) -> None:
     config = write_configs(tmp_path, tiny)
-    words = ["--num_processes=2", "--mixed_precision=bf16", "-m", "longcat_video_fft.precompute"]
+    words = ["--num_processes=2", "--mixed_precision=bf16", "--main_process_port=0"]
+    words += ["-m", "longcat_video_fft.precompute"]
     python = command(config)[0]
     done = launch([python, "-m", "accelerate.commands.launch", *words, "--config", str(config)])
     assert done.returncode == 0, done.stderr[-3000:]

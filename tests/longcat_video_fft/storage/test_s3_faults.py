@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -20,9 +20,21 @@ from tests.longcat_video_fft.support.s3_server import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_clients, "READ_TIMEOUT_S", 1.0)
+def limit_first_attempt(storage: S3Storage, **limits: float) -> None:
+    """Shortens limits of s3_clients for the next attempt to read, and not for those after it.
+
+    What is well must not be given up too, however busy the machine.
+    """
+    patch = pytest.MonkeyPatch()
+    for name, seconds in limits.items():
+        patch.setattr(s3_clients, name, seconds)
+    hasty = S3Storage(storage.options, num_connections=1)
+
+    def open_body(*args: Any, **options: Any) -> s3_clients.Body:
+        patch.undo()
+        return hasty._open_body(*args, **options)
+
+    patch.setattr(storage, "_open_body", open_body)
 
 
 @pytest.mark.usefixtures("s3_bucket", "s3_client")
@@ -85,10 +97,10 @@ def test_waits_grow_up_to_the_cap(s3_url: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(delay_s=3.0),
-        Fault(after_bytes=600_000, pause_s=3.0),
+        Fault(delay_s=300.0),
+        Fault(after_bytes=600_000, pause_s=300.0),
         Fault(after_bytes=600_000, then="cut"),
-        Fault(after_bytes=600_000, pause_s=0.2, then="reset"),
+        Fault(after_bytes=600_000, then="reset"),
         Fault(after_bytes=0, then="reset"),
     ],
     ids=["no answer", "slow body", "short body", "reset in the body", "reset before it"],
@@ -98,12 +110,12 @@ def test_broken_bodies_are_completed(
 ) -> None:
     storage = open_films(faulty_proxy.url, "long")
     faulty_proxy.add("long.mp4", fault, times=2 if fault.after_bytes == 0 else 1)
-    started = time.monotonic()
+    if fault.delay_s or fault.pause_s:
+        limit_first_attempt(storage, READ_TIMEOUT_S=2.0)
     if read_range:
         assert storage.read_range("long.mp4", 1000, 900_000) == LONG_BODY[1000:901_000]
     else:
         assert storage.read("long.mp4") == LONG_BODY
-    assert time.monotonic() - started < 2.5  # less than the server sleeps
     ranges = [
         request.headers.get("range", "")
         for request in faulty_proxy.requests
@@ -116,10 +128,7 @@ def test_broken_bodies_are_completed(
 
 
 @pytest.mark.usefixtures("s3_client")
-def test_object_replaced_while_it_is_read(
-    faulty_proxy: FaultyProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3_clients, "READ_TIMEOUT_S", 60.0)  # however slowly it is replaced
+def test_object_replaced_while_it_is_read(faulty_proxy: FaultyProxy, s3_url: str) -> None:
     put_objects(s3_url, "replaced", {"a.mp4": LONG_BODY})
     storage = open_s3(S3Options(bucket="replaced", endpoint_url=faulty_proxy.url))
     new_body = LONG_BODY[::-1]
@@ -131,11 +140,9 @@ def test_object_replaced_while_it_is_read(
 
 
 @pytest.mark.usefixtures("s3_bucket", "s3_client")
-def test_trickling_body_is_given_up(
-    faulty_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3_clients, "ATTEMPT_TIMEOUT_S", 0.3)
+def test_trickling_body_is_given_up(faulty_proxy: FaultyProxy) -> None:
     storage = open_films(faulty_proxy.url, "long")
+    limit_first_attempt(storage, ATTEMPT_TIMEOUT_S=0.3)
     faulty_proxy.add("long.mp4", Fault(after_bytes=600_000, pause_s=0.8))
     assert storage.read("long.mp4") == LONG_BODY
     assert faulty_proxy.count("long.mp4") == 2

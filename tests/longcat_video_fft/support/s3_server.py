@@ -8,11 +8,13 @@ with start_moto() as url, FaultyProxy(url) as proxy:
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import logging
 import os
 import socket
 import struct
+import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -149,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[sent:])
             return
         if fault.then == "reset":
+            while _num_unreceived(self.connection) and not proxy.stopping.wait(0.01):
+                pass  # the reset would discard it
             linger = struct.pack("ii", 1, 0)  # on, for no time: closing sends a reset
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.wfile.flush()
@@ -156,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _forward(self, upstream: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(upstream, timeout=30)
+        connection = http.client.HTTPConnection(upstream, timeout=300)
         try:
             connection.request("GET", self.path, headers=dict(self.headers.items()))
             response = connection.getresponse()
@@ -170,6 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
+
+
+def _num_unreceived(connection: socket.socket) -> int:
+    """Bytes that were sent and that the other side's system does not have yet."""
+    return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_resume_is_bitwise_on_any_number_of_processes(tmp_path: Path) -> None:
     train_steps(engine, 0, 2)
     make_checkpointer(engine, tmp_path).save(5)
     torch.save(whole_state(engine), tmp_path / "gathered.pt")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while find_checkpoint("latest", tmp_path) is None:  # with no further call
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -145,6 +145,11 @@ def test_an_error_of_one_process_is_every_ones(tmp_path: Path) -> None:
     spawn(fail_on_one_process, tmp_path)
 
 
+def is_begun(folder: Path) -> bool:
+    """Also while the folder gets another name, which os.walk does not mind."""
+    return any(name.endswith(".distcp") for _, _, names in os.walk(folder) for name in names)
+
+
 def die_while_saving(folder: Path) -> None:
     engine = make_engine()
     train_steps(engine, 0, 1)
@@ -153,8 +158,8 @@ def die_while_saving(folder: Path) -> None:
     checkpointer.wait()
     train_steps(engine, 1, 2)
     checkpointer.save(2)
-    while not any((folder / "checkpoint-2.partial").rglob("*.distcp")):
-        pass
+    while not (is_begun(folder / "checkpoint-2.partial") or (folder / "checkpoint-2").exists()):
+        pass  # the saving thread may have finished before this one looks
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -50,7 +50,7 @@ def test_the_command_is_light_and_quick() -> None:
         "heavy = {'deepspeed', 'peft', 'transformers.trainer'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "16 h100 on 2 nodes" in done.stdout
     assert "from NVMe" in done.stdout

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -200,16 +201,19 @@ def test_half_written_checkpoints_are_not_picked(tmp_path: Path) -> None:
 def launch(words: list[str], script: Path = Path("train_ds.py")) -> str:
     """The documented command, in the folder, on two CPU processes; returns what it printed."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-    command += ["--master_port", str(29700 + os.getpid() % 200), str(script), *words]
-    done = subprocess.run(
-        command,
-        cwd=FOLDER,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    with socket.socket() as holder:  # no other program is given its port; torch may listen on it
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        command += ["--master_port", str(holder.getsockname()[1]), str(script), *words]
+        done = subprocess.run(
+            command,
+            cwd=FOLDER,
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
