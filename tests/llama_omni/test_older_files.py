@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from llama_omni.answering import answer
-from llama_omni.audio import load_audio
 from llama_omni.generate import load_omni_model
+from llama_omni.inference.answering import answer
+from llama_omni.speech.audio import load_audio
 from llama_omni.units import main as units_main
-from tests.llama_omni.tiny import arguments, metrics, train, weights
+from tests.llama_omni.support.tiny import arguments, metrics, train, weights
 
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / "tests" / "reference" / "c64db93" / "llama_omni"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from longcat_video_fft.train import main as train
-from tests.longcat_video_fft.tiny import precompute
+from tests.longcat_video_fft.support.tiny import precompute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,10 +25,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from vss_longcat_omni import train_ds
-from vss_longcat_omni.adapter import LoraPair, apply_change, read_adapter
-from vss_longcat_omni.merge_lora import main as merge_main
+from vss_longcat_omni.model.adapter import LoraPair, apply_change, read_adapter
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
+from vss_longcat_omni.tools.merge_lora import main as merge_main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -223,5 +223,5 @@ def test_a_mistake_is_one_line_and_soon(
     assert told == [f"error: {where}{message.format(folder=tmp_path)}\n"]
     assert done.stdout == ""
     names = {line.rpartition("|")[2].strip() for line in imported}
-    assert "longcat_video_fft.config" in names
+    assert "longcat_video_fft.options.config" in names
     assert not names & set(HEAVY)
