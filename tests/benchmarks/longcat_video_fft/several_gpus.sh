@@ -46,8 +46,7 @@ for part in "$@"; do
       measure hsdp "$gpus" --steps 5 --fsdp_replicate_size 2 --profile "$out/hsdp"
       ;;
     context)
-      for size in 1 2 "$gpus"; do
-        if [ "$size" -eq 2 ] && [ "$gpus" -eq 2 ]; then continue; fi
+      for size in $(printf '%s\n' 1 2 "$gpus" | sort -nu); do
         measure "context-$size" "$gpus" --steps 4 --context_parallel_size "$size" \
           --gradient_accumulation_steps "$size"
       done
