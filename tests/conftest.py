@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+# The run scripts read them: a user's own, or that of `make test PYTHON=...`, is not for the tests.
+for name in ("PYTHON", "NUM_PROCESSES", "NUM_GPUS"):
+    os.environ.pop(name, None)
 # Before any import of these libraries, and inherited by every process that a test starts.
 os.environ.update(
     HF_HUB_OFFLINE="1",

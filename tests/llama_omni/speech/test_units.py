@@ -126,15 +126,16 @@ def count_lines(cache: Path) -> dict[str, int]:
 HELD = """
 import sys, time
 from llama_omni import units
+from llama_omni.speech import quantizer
 
-load_audio, others = units.load_audio, iter(range(99))
+load_audio, others = quantizer.load_audio, iter(range(99))
 
 def load_or_wait(path):
     if next(others, None) is None:
         time.sleep(600)
     return load_audio(path)
 
-units.load_audio = load_or_wait
+quantizer.load_audio = load_or_wait
 units.main()
 """
 
