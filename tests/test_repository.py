@@ -131,12 +131,13 @@ def test_folder_pins_are_the_roots(folder: str) -> None:
         assert set(items) <= allowed, name
 
 
-def test_copied_files_are_alike() -> None:
+@pytest.mark.parametrize("path", ["options/hub.py", "tools/download.py"])
+def test_copied_files_are_alike(path: str) -> None:
     """What two folders hold alike differs in their names and in a docstring's words alone."""
     bodies = {
-        TEXTS[f"{folder}/options/hub.py"].partition("from __future__")[2].replace(folder, "FOLDER")
+        TEXTS[f"{folder}/{path}"].partition("from __future__")[2].replace(folder, "FOLDER")
         for folder in FOLDERS
-        if f"{folder}/options/hub.py" in TEXTS
+        if f"{folder}/{path}" in TEXTS
     }
     assert len(bodies) == 1
 
