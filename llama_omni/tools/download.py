@@ -1,6 +1,6 @@
 """Downloads a model ahead of a run, once a node, into the cache that the run looks in.
 
-    python -m llama_omni.tools.download openai/whisper-large-v3 --allow "*.json" --allow "model*"
+    python -m llama_omni.tools.download org/name --allow "*.json" --allow "model*"
 
 `options/hub.py` has the syntax of a hub id.
 """

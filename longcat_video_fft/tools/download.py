@@ -1,6 +1,6 @@
 """Downloads a model ahead of a run, once a node, into the cache that the run looks in.
 
-    python -m longcat_video_fft.tools.download meituan-longcat/LongCat-Video --allow "vae/*"
+    python -m longcat_video_fft.tools.download org/name --allow "*.json" --allow "model*"
 
 `options/hub.py` has the syntax of a hub id.
 """

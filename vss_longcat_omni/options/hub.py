@@ -1,10 +1,10 @@
 """Turns what the user wrote (a folder, a file or a hub id) into a path on this machine.
 
-The first step of every run that needs a model: paths are checked, and what is named by its hub id
-is downloaded, once a node, into the cache that transformers uses too. To fetch ahead of a run
-(1.1 TB):
+The first step of every run that needs a model or a file of weights: paths are checked, and what is
+named by its hub id is downloaded by huggingface_hub, once a node, into the cache that transformers
+uses too. To fetch ahead of a run:
 
-    python -m vss_longcat_omni.tools.download meituan-longcat/LongCat-Flash-Omni
+    python -m vss_longcat_omni.tools.download org/name --allow "*.json" --allow "model*"
 
 Syntax of a hub id: `org/name`, then `@revision` if wanted, then `:path/in/it` for one file of it.
 """
@@ -16,19 +16,12 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.utils import WeakFileLock, filter_repo_objects
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -42,34 +35,8 @@ HUB_ID = re.compile(
 )
 # A name that ends like this is a file of the user's, not a repository.
 FILE_ENDINGS = (".bin", ".ckpt", ".gguf", ".json", ".npy", ".npz", ".pt", ".pth", ".safetensors")
-# The root of all that goes wrong on the wire: of httpx2, or of httpx under huggingface_hub 1.x.
+# The base class of all transport errors: of httpx2, or of httpx under huggingface_hub 1.x.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubArtifact:
-    """What is wanted of the hub: a repository, or one file of it."""
-
-    field: str
-    repo: str
-    revision: str | None
-    file: str | None
-    allow_patterns: tuple[str, ...]
-    sha256: str | None
-    min_free_bytes: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.field}={self.repo}" + (f":{self.file}" if self.file else "")
-
-    @property
-    def patterns(self) -> list[str] | None:
-        return [self.file] if self.file else list(self.allow_patterns) or None
-
-    @property
-    def cache(self) -> Path:
-        """Where huggingface_hub keeps this repository: blobs/, snapshots/, refs/."""
-        return Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
 
 
 def resolve_artifact(
@@ -83,8 +50,8 @@ def resolve_artifact(
     """Return the folder or file that `spec` names, downloading it when it is a hub id.
 
     Every process of a node may call this at once: the first one downloads, the others wait for it.
-    An interrupted download goes on where it stopped. When the hub cannot be reached, a complete
-    copy in the cache is used.
+    After a kill, files that were complete are kept. When the hub cannot be reached, a complete copy
+    in the cache is used.
 
     Args:
         spec: a folder, a file, or a hub id (syntax in the module's docstring).
@@ -96,24 +63,31 @@ def resolve_artifact(
 
     Raises:
         FileNotFoundError: no such path, or the hub cannot be reached and the cache lacks it.
-        ValueError: access refused, no such repository, revision or file, wrong digest, too little
+        ValueError: access denied, no such repository, revision or file, wrong digest, too little
             disk, or an address in place of a path.
     """
-    local = Path(spec).expanduser()
-    if spec.strip() and local.exists():
-        path = local
-    else:
+    path = Path(spec).expanduser()
+    if not (spec.strip() and path.exists()):
         match = _match_hub_id(spec, field)
-        artifact = HubArtifact(
-            field=field,
-            repo=match["repo"],
-            revision=match["revision"],
-            file=match["file"],
-            allow_patterns=allow_patterns,
-            sha256=sha256,
-            min_free_bytes=min_free_bytes,
-        )
-        path = _fetch(artifact)
+        repo, revision, file = match["repo"], match["revision"], match["file"]
+        label = f"{field}={repo}" + (f":{file}" if file else "")
+        patterns = [file] if file else list(allow_patterns) or None
+        lock = Path(constants.HF_HUB_CACHE) / ".locks" / repo.replace("/", "--") / "artifact.lock"
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(lock):
+                info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+                missing = _check_before_download(
+                    info, label, patterns, sha256 if file else None, min_free_bytes
+                )
+                path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+                _verify_downloaded(path, missing, label)
+        except (HTTP_ERROR, OSError) as error:  # also a cache that may not be written to
+            path = _cached_copy(repo, revision, patterns)
+            if path is None or (file and not (path / file).is_file()):
+                raise _explain(error, label, repo, revision) from error
+            logger.warning("%s: %s; using the copy in %s", label, error, path)
+        path = path / file if file else path
     if sha256 is not None and path.is_file():
         _verify_sha256(path, sha256, label=f"{field}={spec}")
     return path
@@ -138,7 +112,7 @@ def _match_hub_id(spec: str, field: str) -> re.Match[str]:
     if re.match(r"https?://", spec):
         raise ValueError(
             f"{field}={spec}: addresses are not downloaded here. Run `curl -L -C - -O '{spec}'` "
-            f"(when run again it goes on where it stopped) and give the path of the file."
+            f"(run again, it resumes) and give the path of the file."
         )
     match = HUB_ID.fullmatch(spec)
     is_path = (
@@ -154,172 +128,111 @@ def _match_hub_id(spec: str, field: str) -> re.Match[str]:
     return match
 
 
-def _fetch(artifact: HubArtifact) -> Path:
-    """Return the artifact's place in the cache, complete; one process of the node at a time."""
-    lock = Path(constants.HF_HUB_CACHE) / ".locks" / artifact.cache.name / "artifact.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            info = HfApi().model_info(
-                artifact.repo, revision=artifact.revision, files_metadata=True, timeout=30
-            )
-            snapshot = _download(artifact, info)
-    except (HTTP_ERROR, OSError) as error:  # also a cache that may not be written to
-        snapshot = _cached_snapshot(artifact)
-        if snapshot is None:
-            raise _explain(artifact, error) from error
-        logger.warning("%s: %s; using the copy in %s", artifact.label, error, snapshot)
-    return snapshot / artifact.file if artifact.file else snapshot
-
-
-def _download(artifact: HubArtifact, info: ModelInfo) -> Path:
-    """Bring the files listed in `info` into the cache, checked first; return their folder."""
-    files = {file.rfilename: file for file in info.siblings or []}
-    names = list(filter_repo_objects(files, allow_patterns=artifact.patterns))
-    if not names:
-        raise ValueError(
-            f"{artifact.label}: no file there matches {artifact.patterns}; it has {sorted(files)}"
-        )
-    snapshot = artifact.cache / "snapshots" / str(info.sha)
-    missing = [files[name] for name in names if not (snapshot / name).is_file()]
-    if not missing:
-        return snapshot
-
-    _check_before_download(artifact, [files[name] for name in names], missing)
-    if not constants.HF_XET_HIGH_PERFORMANCE:
-        for file in missing:
-            _download_large_file(artifact, file, commit=str(info.sha))
-    # Links the blobs, fetches the rest, and records the revision for use without a connection.
-    return Path(
-        snapshot_download(
-            artifact.repo, revision=artifact.revision, allow_patterns=artifact.patterns
-        )
-    )
-
-
 def _check_before_download(
-    artifact: HubArtifact, wanted: list[RepoSibling], missing: list[RepoSibling]
-) -> None:
-    """Refuse what could only fail after gigabytes, and tell the size."""
-    lfs = wanted[0].lfs if artifact.file else None
-    if artifact.sha256 is not None and lfs is not None and lfs.sha256 != artifact.sha256:
-        raise ValueError(
-            f"{artifact.label}: the hub's file has sha256 {lfs.sha256}, expected "
-            f"{artifact.sha256}. Not downloaded: it is another file or another version "
-            f"(org/name@revision:file names one)."
-        )
-    total_bytes = sum(file.size or 0 for file in wanted)
-    needed_bytes = sum((file.size or 0) - _bytes_here(artifact, file) for file in missing)
+    info: ModelInfo,
+    label: str,
+    patterns: list[str] | None,
+    sha256: str | None,
+    min_free_bytes: int,
+) -> list[RepoSibling]:
+    """Return the files that the cache lacks, after refusing what could only fail after gigabytes.
+
+    `sha256` is the expected digest of the one file that is wanted.
+    """
+    files = {file.rfilename: file for file in info.siblings or []}
+    wanted = [files[name] for name in filter_repo_objects(files, allow_patterns=patterns)]
+    if not wanted:
+        raise ValueError(f"{label}: no file there matches {patterns}; it has {sorted(files)}")
     folder = Path(constants.HF_HUB_CACHE)
+    snapshot = folder / f"models--{info.id.replace('/', '--')}" / "snapshots" / str(info.sha)
+    missing = [file for file in wanted if not (snapshot / file.rfilename).is_file()]
+    if not missing:
+        return []
+    lfs = missing[0].lfs
+    if sha256 is not None and lfs is not None and lfs.sha256 != sha256:
+        raise ValueError(
+            f"{label}: the hub's file has sha256 {lfs.sha256}, expected {sha256}. Not downloaded: "
+            f"it is another file or another version (org/name@revision:file names one)."
+        )
+    needed_bytes = sum(file.size or 0 for file in missing)
     check_free_disk(
         folder,
-        needed_bytes + artifact.min_free_bytes,
-        what=artifact.label,
+        needed_bytes + min_free_bytes,
+        what=label,
         remedy="Free some space, or set HF_HOME to a folder on another disk.",
     )
-    logger.info(
-        "%s: %d files, %s; downloading %s to %s (%s)",
-        artifact.label,
-        len(wanted),
-        _size(total_bytes),
-        _size(needed_bytes),
-        folder,
-        "HF_XET_HIGH_PERFORMANCE=1: an interrupted file starts again"
-        if constants.HF_XET_HIGH_PERFORMANCE
-        else "HF_XET_HIGH_PERFORMANCE=1 is faster, but cannot resume within a file",
-    )
+    total = _size(sum(file.size or 0 for file in wanted))
+    needed = _size(needed_bytes)
+    logger.info("%s: %d files, %s; downloading %s to %s", label, len(wanted), total, needed, folder)
     if os.environ.get("HF_HUB_ENABLE_HF_TRANSFER"):
         logger.warning("HF_HUB_ENABLE_HF_TRANSFER has no effect with this huggingface_hub")
-
-
-def _download_large_file(artifact: HubArtifact, file: RepoSibling, *, commit: str) -> None:
-    """Put one LFS file among the cache's blobs, going on where an earlier process stopped.
-
-    huggingface_hub resumes within one process only: its partial files belong to a process. What is
-    above its limit for plain HTTP (50 GB) is left to it.
-    """
-    if file.lfs is None or (file.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:
-        return
-    blob = artifact.cache / "blobs" / file.lfs.sha256
-    if blob.is_file():
-        return
-    partial = _partial(blob)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as stream:
-        http_get(
-            hf_hub_url(artifact.repo, file.rfilename, revision=commit),
-            stream,
-            resume_size=stream.tell(),
-            headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-            expected_size=file.size,
-            displayed_filename=file.rfilename,
+    if partial := list((snapshot.parents[1] / "blobs").glob("*.incomplete")):
+        logger.warning(
+            "%s: %d files of downloads that were killed lie in %s; the library does not resume "
+            "them. Delete them when no other download runs.",
+            label,
+            len(partial),
+            partial[0].parent,
         )
-    _verify_sha256(partial, file.lfs.sha256, label=artifact.label, delete=True)
-    partial.replace(blob)
+    return missing
 
 
-def _partial(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
+def _verify_downloaded(snapshot: Path, files: list[RepoSibling], label: str) -> None:
+    """Compare what was just downloaded with the hub's digests; the library compares sizes alone."""
+    for file in files:
+        path = snapshot / file.rfilename
+        if file.lfs is not None:
+            _verify_sha256(path.resolve(), file.lfs.sha256, label=label, link=path)
 
 
-def _bytes_here(artifact: HubArtifact, file: RepoSibling) -> int:
-    """Return how much of a file the cache has, whole or partial."""
-    blob = artifact.cache / "blobs" / str(file.lfs.sha256 if file.lfs else file.blob_id)
-    return next((path.stat().st_size for path in (blob, _partial(blob)) if path.is_file()), 0)
-
-
-def _cached_snapshot(artifact: HubArtifact) -> Path | None:
+def _cached_copy(repo: str, revision: str | None, patterns: list[str] | None) -> Path | None:
     """Return the complete snapshot in the cache, or None."""
     try:
         folder = snapshot_download(
-            artifact.repo,
-            revision=artifact.revision,
-            allow_patterns=artifact.patterns,
-            local_files_only=True,
+            repo, revision=revision, allow_patterns=patterns, local_files_only=True
         )
-    except LocalEntryNotFoundError:
+    except FileNotFoundError:  # LocalEntryNotFoundError
         return None
-    snapshot = Path(folder)
-    return snapshot if artifact.file is None or (snapshot / artifact.file).is_file() else None
+    return Path(folder)
 
 
-def _explain(artifact: HubArtifact, error: Exception) -> Exception:
+def _explain(error: Exception, label: str, repo: str, revision: str | None) -> Exception:
     """Turn a failed request into one message that says what to do. Never shows the token."""
-    page = f"{constants.ENDPOINT}/{artifact.repo}"
+    page = f"{constants.ENDPOINT}/{repo}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, OfflineModeIsEnabled):
         return FileNotFoundError(
-            f"{artifact.label}: not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is "
-            f"set. Unset it to download, or give the path of a folder or file."
+            f"{label}: not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. Unset "
+            f"it to download, or give the path of a folder or file."
         )
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{artifact.label}: {page} has no revision {artifact.revision}")
+        return ValueError(f"{label}: {page} has no revision {revision}")
     if status in (401, 403):
         token = "HF_TOKEN is set, but has no access" if get_token() else "HF_TOKEN is not set"
         return ValueError(
-            f"{artifact.label}: the hub refuses access ({status}); {token}. If the model is gated, "
-            f"accept its terms at {page} and set HF_TOKEN to a token of that account. If you meant "
-            f"a folder, there is none of that name here."
+            f"{label}: the hub denies access ({status}); {token}. If the model is gated, accept "
+            f"its terms at {page} and set HF_TOKEN to a token of that account. If you meant a "
+            f"folder, there is none of that name here."
         )
     if status == 404:
-        return ValueError(
-            f"{artifact.label}: not found at {page}, and there is no such folder or file here"
-        )
+        return ValueError(f"{label}: not found at {page}, and there is no such folder or file here")
     return FileNotFoundError(
-        f"{artifact.label}: not complete in {constants.HF_HUB_CACHE}, and it could not be "
-        f"fetched ({type(error).__name__}: {error}). Run again to go on where it stopped, or give "
+        f"{label}: not complete in {constants.HF_HUB_CACHE}, and it could not be fetched "
+        f"({type(error).__name__}: {error}). Run again: files that are complete are kept. Or give "
         f"the path of a folder or file."
     )
 
 
-def _verify_sha256(path: Path, expected: str, *, label: str, delete: bool = False) -> None:
+def _verify_sha256(path: Path, expected: str, *, label: str, link: Path | None = None) -> None:
+    """Raise ValueError on another digest; a file of the cache, where `link` leads, is deleted."""
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found == expected:
         return
-    if delete:
-        path.unlink()
-    remedy = "It was deleted: run again" if delete else "Delete the file and download it again"
+    if link is not None:
+        link.unlink()
+        path.unlink(missing_ok=True)
+    remedy = "It was deleted: run again" if link else "Delete the file and download it again"
     raise ValueError(f"{label}: {path} has sha256 {found}, expected {expected}. {remedy}.")
 
 

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 from llama_omni.options.hub import check_free_disk, resolve_artifact
-from tests.llama_omni.support.local_hub import Hub, Repository
+from tests.llama_omni.support.local_hub import COMMIT, Hub, Repository
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,9 +111,9 @@ def test_one_file_with_its_digest(hub: Hub, client: Client) -> None:
     assert Path(result.output).read_bytes() == WEIGHTS
     assert hub.downloads == [("model.safetensors", 0)]
 
-    refused = client.run("org/name:original/model.pt", "--sha256", SHA256)
-    assert refused.code == 1
-    assert f"expected {SHA256}. Not downloaded" in refused.errors
+    result = client.run("org/name:original/model.pt", "--sha256", SHA256)
+    assert result.code == 1
+    assert f"expected {SHA256}. Not downloaded" in result.errors
     assert len(hub.downloads) == 1
 
 
@@ -129,32 +129,33 @@ def test_processes_of_one_node_download_once(hub: Hub, client: Client) -> None:
     ]
 
 
-def test_killed_download_goes_on_where_it_stopped(hub: Hub, client: Client) -> None:
+def test_killed_download_keeps_the_files_that_were_complete(hub: Hub, client: Client) -> None:
     repository = hub.repositories["org/name"]
     repository.stall_after = 21_000_000
-    process = client.start("org/name:model.safetensors")
+    process = client.start("org/name")
     assert hub.stalled.wait(240)
-    partial = client.blobs / f"{SHA256}.incomplete"
+    snapshot = client.blobs.parent / "snapshots" / COMMIT
     deadline = time.monotonic() + 240
-    while not (partial.is_file() and partial.stat().st_size > 10_000_000):
+    while not all((snapshot / name).is_file() for name in ("config.json", "original/model.pt")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=240)
-    size = partial.stat().st_size
-    assert 10_000_000 < size <= 21_000_000
+    assert not (snapshot / "model.safetensors").exists()
 
-    offline = client.run("org/name:model.safetensors", HF_HUB_OFFLINE="1")
+    offline = client.run("org/name", HF_HUB_OFFLINE="1")
     assert offline.code == 1
     assert "not complete in" in offline.errors
     assert "HF_HUB_OFFLINE is set" in offline.errors
 
     repository.stall_after = None
-    result = client.run("org/name:model.safetensors")
+    result = client.run("org/name")
     assert result.code == 0, result.errors
-    assert f"downloading {(len(WEIGHTS) - size) / 1e6:.2f} MB" in result.errors
-    assert hub.downloads == [("model.safetensors", 0), ("model.safetensors", size)]
-    assert Path(result.output).read_bytes() == WEIGHTS
+    assert "downloading 25.17 MB" in result.errors
+    assert f"1 files of downloads that were killed lie in {client.blobs}" in result.errors
+    small = [("config.json", 0), ("original/model.pt", 0)]
+    assert sorted(hub.downloads) == sorted([*small, *2 * [("model.safetensors", 0)]])
+    assert Path(result.output, "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_broken_connection_is_resumed_within_the_run(hub: Hub, client: Client) -> None:
@@ -180,7 +181,7 @@ def test_wrong_bytes_are_deleted(hub: Hub, client: Client) -> None:
 
 @pytest.fixture
 def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The same hub for calls in this process: what these variables set is read at import."""
+    """Points calls in this process to the hub: what these variables set is read at import."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -191,9 +192,9 @@ def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.mark.parametrize(
     ("status", "error_code", "error", "message"),
     [
-        (401, "GatedRepo", ValueError, r"refuses access \(401\); HF_TOKEN is set, but has no"),
-        (403, "GatedRepo", ValueError, r"refuses access \(403\); .* accept its terms at http"),
-        (403, "", ValueError, r"refuses access \(403\)"),
+        (401, "GatedRepo", ValueError, r"denies access \(401\); HF_TOKEN is set, but has no"),
+        (403, "GatedRepo", ValueError, r"denies access \(403\); .* accept its terms at http"),
+        (403, "", ValueError, r"denies access \(403\)"),
         (404, "RepoNotFound", ValueError, "not found at .* no such folder or file here"),
         (500, "", FileNotFoundError, r"could not be fetched \(HfHubHTTPError"),
     ],
@@ -216,7 +217,7 @@ def test_without_token_the_message_says_so(hub: Hub, client: Client) -> None:
     assert "Traceback" not in result.errors
 
 
-def test_too_little_disk_is_told_before_the_download(here: Hub) -> None:
+def test_too_little_disk_is_reported_before_the_download(here: Hub) -> None:
     here.repositories["org/name"].listed_sizes["model.safetensors"] = 10**18
     message = r"^model=org/name needs 1000000000\.00 GB at .* free\. .* set HF_HOME to a folder"
     with pytest.raises(ValueError, match=message):
@@ -248,7 +249,7 @@ def test_hub_that_does_not_answer(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["./models/llama", "/nowhere/llama", "~/nowhere/llama", "kmeans/centres.bin", "gpt", "a b/c"],
+    ["./models/llama", "/nowhere/llama", "~/nowhere/llama", "kmeans/centroids.bin", "gpt", "a b/c"],
 )
 def test_missing_path_is_not_asked_of_the_hub(spec: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"^kmeans=.*no such file or folder"):

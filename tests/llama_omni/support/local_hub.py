@@ -115,8 +115,8 @@ class HubRequest(BaseHTTPRequestHandler):
                 if name.endswith(LARGE_ENDINGS) and repository.hang_ups > 0:
                     repository.hang_ups -= 1
                     end = len(body) // 2
-        if name.endswith(LARGE_ENDINGS) and repository.stall_after is not None:
-            end = repository.stall_after
+            if name.endswith(LARGE_ENDINGS) and len(body) > (repository.stall_after or len(body)):
+                end = repository.stall_after
         self._reply(206 if byte_range else 200, body, headers, end=end)
         if end is not None and end == repository.stall_after:
             self.server.stalled.set()
