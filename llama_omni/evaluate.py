@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a script: see generate.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -45,18 +46,12 @@ from llama_omni.inference.answering import (
     answer_streaming,
     join_parts,
 )
-from llama_omni.inference.metrics import Result, edit_distance, format_table, summarise
+from llama_omni.inference.metrics import Result, format_table, summarize
 from llama_omni.model.loading import WEIGHTS
 from llama_omni.options.hub import resolve_artifact
 from llama_omni.speech.audio import load_audio, resample, save_audio
-from llama_omni.speech.recognizer import (
-    NEEDS_EVAL,
-    SAMPLE_RATE,
-    UTMOS_WEIGHTS,
-    is_installed,
-    load_recogniser,
-    load_utmos,
-)
+from llama_omni.speech.recognizer import NEEDS_EVAL, SAMPLE_RATE, is_installed, load_recognizer
+from llama_omni.speech.utmos import UTMOS_WEIGHTS, load_utmos
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,19 +61,19 @@ if TYPE_CHECKING:
     from llama_omni.dataset.record_formats import Turn
     from llama_omni.dataset.records import Record
     from llama_omni.speech.quantizer import Quantizer
-    from llama_omni.speech.recognizer import Recogniser
+    from llama_omni.speech.recognizer import Recognizer
     from llama_omni.speech.vocoder import Voice
 
 logger = logging.getLogger("llama_omni.evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
-    """What an evaluation uses beside the model; each may be absent."""
+class Evaluators:
+    """Holds what an evaluation uses beside the model; each may be absent."""
 
     voice: Voice | None = None
     quantizer: Quantizer | None = None  # makes expected units of the answers' speech
-    recogniser: Recogniser | None = None
+    recognizer: Recognizer | None = None
     utmos: Callable[[Tensor], float] | None = None
 
 
@@ -87,49 +82,48 @@ def evaluate(
     records: Sequence[Record],
     *,
     output_dir: Path,
-    judges: Judges,
+    evaluators: Evaluators,
     chunk_size: int = CHUNK_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
     with_silence: bool = False,
 ) -> dict[str, Any]:
-    """The summary of inference/metrics.py. results.jsonl grows line by line: a run that dies leaves
-    them.
+    """Returns the summary of inference/metrics.py; a run that is killed leaves its results.jsonl.
 
-    Answers are streamed where there is a voice, for the sake of the latency; units and waveform
-    are those of whole answers. `with_silence` asks each question again with all samples zero.
+    Answers are streamed where there is a voice, to measure the latency; units and waveform are
+    those of whole answers. `with_silence` asks each question again with all samples zero.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    options = {"judges": judges, "chunk_size": chunk_size}
-    if judges.voice is not None:  # first use loads kernels, which is no latency of the model
+    options = {"evaluators": evaluators, "chunk_size": chunk_size}
+    if evaluators.voice is not None:  # first use loads kernels, which is no latency of the model
         ask(omni, records[0], **options, max_new_tokens=2)
     results: list[Result] = []
     with (output_dir / "results.jsonl").open("w", encoding="utf-8") as file:
         for record in tqdm(records, desc="answering", unit="record", smoothing=0):
-            said = ask(omni, record, **options, max_new_tokens=max_new_tokens)
-            result = judge(omni, record, said, judges=judges, output_dir=output_dir)
+            reply = ask(omni, record, **options, max_new_tokens=max_new_tokens)
+            result = score(omni, record, reply, evaluators=evaluators, output_dir=output_dir)
             if with_silence:
-                result.said_to_silence = ask_with_silence(omni, record, max_new_tokens).text
+                result.answer_to_silence = ask_with_silence(omni, record, max_new_tokens).text
             results.append(result)
             file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
             file.flush()
-    summary = summarise(results, judges.recogniser)
+    summary = summarize(results, evaluators.recognizer)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
     return summary
 
 
 def ask(
-    omni: Omni, record: Record, *, judges: Judges, chunk_size: int, max_new_tokens: int
+    omni: Omni, record: Record, *, evaluators: Evaluators, chunk_size: int, max_new_tokens: int
 ) -> Answer:
-    """The answer to a record's last question."""
+    """Returns the answer to a record's last question."""
     *history, turn = record.turns
     waveform = load_audio(turn.speech_path)
-    if judges.voice is None:
+    if evaluators.voice is None:
         return answer(omni, waveform, history=history, max_new_tokens=max_new_tokens)
     parts = answer_streaming(
         omni,
         waveform,
-        voice=judges.voice,
+        voice=evaluators.voice,
         history=history,
         chunk_size=chunk_size,
         max_new_tokens=max_new_tokens,
@@ -138,61 +132,68 @@ def ask(
 
 
 def ask_with_silence(omni: Omni, record: Record, max_new_tokens: int) -> Answer:
-    """As `ask`, in text alone, to a question of the same length in which nothing is said."""
+    """Returns the text answer to a question of the same length with all samples zero."""
     *history, turn = record.turns
     silence = torch.zeros_like(load_audio(turn.speech_path))
     return answer(omni, silence, history=history, max_new_tokens=max_new_tokens)
 
 
-def judge(omni: Omni, record: Record, said: Answer, *, judges: Judges, output_dir: Path) -> Result:
+def score(
+    omni: Omni, record: Record, reply: Answer, *, evaluators: Evaluators, output_dir: Path
+) -> Result:
     """Counts the errors of one answer; writes its waveform to output_dir/wav."""
     turn = record.turns[-1]
     expected = turn.answer.strip()
-    said_ids, expected_ids = (
+    answer_ids, expected_ids = (
         omni.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        for text in (said.text, expected)
+        for text in (reply.text, expected)
     )
-    expected_units = None if said.units is None else find_units(turn, judges.quantizer)
+    expected_units = None if reply.units is None else find_units(turn, evaluators.quantizer)
+    unit_errors = None
+    if expected_units:
+        unit_errors = Levenshtein.distance(reply.units or [], expected_units)
     result = Result(
         source=str(record.source),
         line=record.line,
         question_wav=str(turn.speech_path),
         question=turn.question,
         expected=expected,
-        said=said.text,
-        is_finished=said.is_finished,
-        token_errors=edit_distance(said_ids, expected_ids),
+        answer=reply.text,
+        is_finished=reply.is_finished,
+        token_errors=Levenshtein.distance(answer_ids, expected_ids),
         num_expected_tokens=len(expected_ids),
-        units=said.units,
+        units=reply.units,
         expected_units=expected_units,
-        unit_errors=edit_distance(said.units or [], expected_units) if expected_units else None,
-        first_audio_seconds=said.first_audio_seconds,
+        unit_errors=unit_errors,
+        first_audio_seconds=reply.first_audio_seconds,
     )
-    if judges.voice is not None:
-        listen(result, said.waveform, judges=judges, output_dir=output_dir)
+    if evaluators.voice is not None:
+        score_speech(result, reply.waveform, evaluators=evaluators, output_dir=output_dir)
     return result
 
 
-def listen(result: Result, waveform: Tensor | None, *, judges: Judges, output_dir: Path) -> None:
-    """Writes the speech and puts in `result` what the recogniser and UTMOS make of it."""
-    assert judges.voice is not None
+def score_speech(
+    result: Result, waveform: Tensor | None, *, evaluators: Evaluators, output_dir: Path
+) -> None:
+    """Writes the speech, and puts its transcript and UTMOS score in `result`."""
+    assert evaluators.voice is not None
     if waveform is None:
-        result.recognised = "" if judges.recogniser else None  # every word counts as lost
+        result.recognized = "" if evaluators.recognizer else None  # every word counts as lost
         return
-    rate = judges.voice.sample_rate
+    rate = evaluators.voice.sample_rate
     path = output_dir / "wav" / f"{result.line:06d}.wav"
     save_audio(path, waveform, sample_rate=rate)
     result.wav, result.wav_seconds = str(path), len(waveform) / rate
     waveform = resample(waveform, rate, SAMPLE_RATE)
-    if judges.recogniser is not None:
-        result.recognised = judges.recogniser.hear(waveform)
-    if judges.utmos is not None:
-        result.utmos = judges.utmos(waveform)
+    if evaluators.recognizer is not None:
+        result.recognized = evaluators.recognizer.transcribe(waveform)
+    if evaluators.utmos is not None:
+        result.utmos = evaluators.utmos(waveform)
 
 
 def find_units(turn: Turn, quantizer: Quantizer | None) -> list[int] | None:
-    """The units that the answer should have: of its speech where they can be made, else the
-    record's own, as in training."""
+    """Returns the units that the answer should have: those of its speech where they can be made,
+    else the record's own, as in training."""
     path = turn.answer_speech_path
     if quantizer is not None and path is not None and path.is_file():
         return quantizer.extract(load_audio(path))
@@ -200,7 +201,7 @@ def find_units(turn: Turn, quantizer: Quantizer | None) -> list[int] | None:
 
 
 def read_questions(data: Path, *, unit_vocab_size: int, limit: int | None) -> list[Record]:
-    """The usable records of a dataset; the others are named in the log.
+    """Returns the usable records of a dataset; the others are named in the log.
 
     Raises:
         ValueError: no record is usable.
@@ -216,8 +217,8 @@ def read_questions(data: Path, *, unit_vocab_size: int, limit: int | None) -> li
     return good
 
 
-def choose_judges(folder: Path, args: argparse.Namespace, device: torch.device) -> Judges:
-    """What the arguments name and the installation allows; warns of what will not be measured.
+def choose_evaluators(folder: Path, args: argparse.Namespace, device: torch.device) -> Evaluators:
+    """Loads what the arguments name and the installation allows; warns of what is not measured.
 
     Raises:
         ValueError, FileNotFoundError: something was asked for and cannot be had.
@@ -229,14 +230,14 @@ def choose_judges(folder: Path, args: argparse.Namespace, device: torch.device) 
         logger.warning("no word error rates: jiwer is missing; %s", NEEDS_EVAL)
     voice = choose_voice(folder, args, device)
     if voice is None and (wants_asr or args.utmos):
-        raise ValueError("--asr and --utmos judge speech, and there is none; leave them out")
-    recogniser = load_recogniser(args.asr, device=device) if voice is not None else None
-    if voice is not None and recogniser is None:
+        raise ValueError("--asr and --utmos evaluate speech, and there is none; leave them out")
+    recognizer = load_recognizer(args.asr, device=device) if voice is not None else None
+    if voice is not None and recognizer is None:
         logger.warning("no ASR-WER: pocketsphinx is missing or --asr is none; %s", NEEDS_EVAL)
-    return Judges(
+    return Evaluators(
         voice=voice,
         quantizer=choose_quantizer(folder, args, device),
-        recogniser=recogniser,
+        recognizer=recognizer,
         utmos=load_utmos(args.utmos, device=device) if args.utmos else None,
     )
 
@@ -244,7 +245,7 @@ def choose_judges(folder: Path, args: argparse.Namespace, device: torch.device) 
 def choose_quantizer(
     folder: Path, args: argparse.Namespace, device: torch.device
 ) -> Quantizer | None:
-    """Makes units of the answers' speech; None, with a warning, where its parts are missing."""
+    """Loads the quantizer of the answers' speech; None, with a warning, where parts are missing."""
     from llama_omni.speech.kmeans import read_kmeans
     from llama_omni.speech.quantizer import load_quantizer
 
@@ -292,14 +293,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, _ = read_omni_config(folder)
     unit_vocab_size = getattr(config, "unit_vocab_size", 1000)
     records = read_questions(args.data, unit_vocab_size=unit_vocab_size, limit=args.limit)
-    judges = choose_judges(folder, args, device)
+    evaluators = choose_evaluators(folder, args, device)
     omni = load_omni_model(folder, device=device, dtype=dtype)
     with logging_redirect_tqdm():
         return evaluate(
             omni,
             records,
             output_dir=args.output_dir,
-            judges=judges,
+            evaluators=evaluators,
             chunk_size=args.chunk_size,
             max_new_tokens=args.max_new_tokens,
             with_silence=args.silence,

@@ -1,6 +1,6 @@
-"""Every option of both stages: read from a JSON file, overridden on the command line, checked.
+"""Defines every option of both stages, read from a JSON file or the command line, and checked.
 
-First in the data flow. `parsing.py` reads the values, `rules.py` says which cannot work. None of
+First in the data flow. `parsing.py` reads the values, `rules.py` reports which cannot work. None of
 the three imports anything heavy: a mistake in a config is reported within the first second, before
 any model loads.
 
@@ -9,18 +9,17 @@ any model loads.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llama_omni.options.parsing import parse_overrides, read_config_file
+from llama_omni.options.parsing import check_values, parse_argv, parse_text, read_json_object
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """One run of one stage. Names are the source document's; README.md explains each."""
+    """Configures one run of one stage. Names are the source document's; README.md explains each."""
 
     # Which stage, what goes in, what comes out.
     stage: int = 1
@@ -72,7 +71,7 @@ class TrainConfig:
     model_max_length: int = 2048
     skip_bad_records: bool = False
 
-    # Optimisation.
+    # Optimization.
     num_train_epochs: float = 3.0
     max_steps: int = -1
     global_batch_size: int | None = None
@@ -116,17 +115,23 @@ class TrainConfig:
 
     @property
     def decoder_shape(self) -> tuple[int, int, int, int]:
-        """`ctc_decoder_config` as (layers, width, heads, feed-forward width)."""
+        """Returns `ctc_decoder_config` as (layers, width, heads, feed-forward width)."""
         return parse_decoder_shape(self.ctc_decoder_config)
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether the language model's own weights are trained."""
+        """Returns whether the language model's own weights are trained."""
         is_frozen = self.freeze_backbone or self.tune_speech_projector or self.lora_enable
         return self.stage == 1 and not is_frozen
 
+    @property
+    def optimizer(self) -> str:
+        """Returns the name that `training/optimizer.py` has for `optimizer_precision`."""
+        names = {"fp32_master": "adamw", "bf16_stochastic": "adamw_bf16", "8bit": "adamw_8bit"}
+        return names[self.optimizer_precision]
+
     def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-batches a step on each device.
+        """Returns the micro-batches a step on each device.
 
         Raises:
             ValueError: `global_batch_size` is not a multiple of what the devices hold at once.
@@ -151,8 +156,8 @@ class TrainConfig:
         return steps
 
     def choose_strategy(self, *, has_gpu: bool, world_size: int) -> str:
-        """What `parallel` means: "auto" is ZeRO when a DeepSpeed file is given, FSDP2 when
-        accelerate asks for it or stage 1 would not fit a device whole, else DDP."""
+        """Returns the strategy of `parallel`: "auto" is ZeRO when a DeepSpeed file is given, FSDP2
+        when accelerate asks for it or stage 1 would not fit a device whole, else DDP."""
         if self.parallel != "auto":
             return self.parallel
         if self.deepspeed:
@@ -162,7 +167,7 @@ class TrainConfig:
         return "fsdp2" if asks_fsdp or is_big else "ddp"
 
     def batch_arithmetic(self, world_size: int) -> str:
-        """The batch sizes as one line for the log."""
+        """Formats the batch sizes as one line for the log."""
         accum = self.grad_accum_steps(world_size)
         total = self.per_device_train_batch_size * world_size * accum
         return (
@@ -171,12 +176,11 @@ class TrainConfig:
         )
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "source"}
-TYPES = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in FIELDS}
+TYPES = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name != "source"}
 
 
 def parse_decoder_shape(text: str) -> tuple[int, int, int, int]:
-    """(layers, width, heads, feed-forward width) of a `ctc_decoder_config`."""
+    """Parses a `ctc_decoder_config` to (layers, width, heads, feed-forward width)."""
     layers, width, heads, ffn = (int(number) for number in text.strip("()").split(","))
     return layers, width, heads, ffn
 
@@ -189,9 +193,15 @@ def load_config(argv: list[str]) -> TrainConfig:
     """
     values: dict[str, Any] = {}
     source = "the command line"
-    args = list(argv)
-    if args and not args[0].startswith("--"):
-        source = args.pop(0)
-        values.update(read_config_file(Path(source), TYPES))
-    values.update(parse_overrides(args, TYPES))
+    if argv and not argv[0].startswith("--"):
+        source, argv = argv[0], argv[1:]
+        if not Path(source).is_file():
+            remedy = "Start from configs/stage1_config.json."
+            raise ValueError(f"{source}: no such config file. {remedy}")
+        values = check_values(read_json_object(Path(source)), TYPES, source)
+    texts = parse_argv(argv, hint="; only the first argument may be a config file")
+    for key in ("local_rank", "local-rank"):  # added by the deepspeed launcher; ranks come
+        texts.pop(key, None)  # from the environment
+    given = {key: parse_text(key, text, TYPES) for key, text in texts.items()}
+    values.update(check_values(given, TYPES, "the command line"))
     return TrainConfig(**values, source=source)

@@ -1,21 +1,17 @@
-"""Speech files (wav, mp3, flac) to mono waveforms, and these to files and Whisper mel frames.
+"""Speech files (wav, mp3, flac) -> mono waveforms, or what is wrong with them; and back to files.
 
-First step of the data flow: file -> waveform -> mel (for data_utils.py) or units (quantizer.py).
-libsndfile reads and writes; torchaudio only resamples, since its loaders need an ffmpeg build.
+First step of the data flow: a sample's speech -> waveform -> features or codes. libsndfile reads
+and writes; torchaudio only resamples, since its loaders need an FFmpeg build.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 import torch
-
-if TYPE_CHECKING:
-    from transformers import WhisperFeatureExtractor
 
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac")
 MAX_KERNEL_SIZE = 10_000_000  # entries of the polyphase filter; 44.1 kHz -> 16 kHz has 70,000
@@ -82,55 +78,6 @@ def audio_duration(path: Path) -> float:
             return file.frames / file.samplerate
     except soundfile.SoundFileError as error:
         raise _read_error(path, error) from error
-
-
-def num_mel_frames(num_samples: int, *, hop_length: int = 160) -> int:
-    """Mel frames of a clip at 16 kHz, rounded up to an even number.
-
-    Whisper's second convolution steps by two. With an even count its last window ends on the clip's
-    own last frame, so a longer clip in the batch changes nothing.
-    """
-    return 2 * math.ceil(num_samples / (2 * hop_length))
-
-
-def num_speech_tokens(mel_frames: int, *, ds_rate: int) -> int:
-    """LLM positions of a clip: half the frames leave the encoder, `ds_rate` of these make one."""
-    return (mel_frames + 1) // 2 // ds_rate
-
-
-def load_feature_extractor(folder: Path, *, mel_size: int) -> WhisperFeatureExtractor:
-    """The folder's own, else Whisper's settings: released LLaMA-Omni checkpoints hold none."""
-    from transformers import WhisperFeatureExtractor
-
-    if (folder / "preprocessor_config.json").is_file():
-        return WhisperFeatureExtractor.from_pretrained(folder)
-    return WhisperFeatureExtractor(feature_size=mel_size)
-
-
-def compute_mel(
-    waveform: torch.Tensor, feature_extractor: Any, *, pad_to_30s: bool = False
-) -> torch.Tensor:
-    """(n_mels, num_frames) log-mel of a (num_samples,) waveform, by a WhisperFeatureExtractor.
-
-    True length by default: the very frames that the clip has in the mel padded to 30 s, which is
-    why silence is appended first and cut off after. Raises ValueError beyond 30 s.
-    """
-    limit, sample_rate = feature_extractor.n_samples, feature_extractor.sampling_rate
-    if len(waveform) > limit:
-        raise ValueError(
-            f"{len(waveform) / sample_rate:.1f} s of speech, over the {limit / sample_rate:g} s "
-            "that Whisper takes: cut it"
-        )
-    hop_length = feature_extractor.hop_length
-    num_frames = num_mel_frames(len(waveform), hop_length=hop_length)
-    padded = min(num_frames * hop_length + feature_extractor.n_fft, limit)
-    features = feature_extractor(
-        waveform.numpy(),
-        sampling_rate=sample_rate,
-        max_length=limit if pad_to_30s else padded,
-        return_tensors="pt",
-    ).input_features[0]
-    return features if pad_to_30s else features[:, :num_frames].contiguous()
 
 
 def _read_error(path: Path, error: Exception) -> Exception:

@@ -1,13 +1,13 @@
-"""Outside judges of synthesised speech, for `evaluate.py`: speech recognisers and UTMOS.
+"""Speech recognizers, each optional and loaded when asked for: Whisper and PocketSphinx.
 
-Each is optional and loads when asked for. A waveform is (num_samples,) float32 at 16 kHz.
+A waveform is (num_samples,) float32 at 16 kHz.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,29 +16,26 @@ from llama_omni.options.hub import resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 SAMPLE_RATE = 16000
+ROOM_NOISE = 1e-3  # PocketSphinx stops at silence of exact zeros, as espeak-ng's
 WHISPER_FILES = ("*.json", "*.txt", "model.safetensors", "model-*.safetensors")
-UTMOS_WEIGHTS = "Blinorot/UTMOS-PyTorch:utmos_state_dict.pt"  # what utmos-pytorch downloads itself
 NEEDS_EVAL = "install the extra 'eval' (pip install -e '.[eval]')"
 
 
 @dataclass(frozen=True)
-class Recogniser:
-    """A named speech recogniser. `spelling` maps British to American words, as Whisper's does."""
+class Recognizer:
+    """A named speech recognizer. `spelling` maps British to American words, as Whisper's does."""
 
     name: str
-    hear: Callable[[Tensor], str]
+    transcribe: Callable[[Tensor], str]
     spelling: dict[str, str]
 
 
-def load_recogniser(spec: str, *, device: torch.device | str = "cpu") -> Recogniser | None:
-    """What --asr names: "whisper:FOLDER_OR_HUB_ID", "pocketsphinx", "none", or "auto".
+def load_recognizer(spec: str, *, device: torch.device | str = "cpu") -> Recognizer | None:
+    """Load what --asr names: "whisper:FOLDER_OR_HUB_ID", "pocketsphinx", "none", or "auto".
 
     "auto" is pocketsphinx where it is installed, else none.
 
@@ -62,8 +59,8 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def load_whisper(source: str, device: torch.device | str) -> Recogniser:
-    """Whisper by transformers, English, greedy; any length (30 s at a time, by its timestamps)."""
+def load_whisper(source: str, device: torch.device | str) -> Recognizer:
+    """Load Whisper by transformers: English, greedy, any length (30 s at a time, by timestamps)."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     folder = resolve_artifact(source, field="--asr whisper", allow_patterns=WHISPER_FILES)
@@ -77,7 +74,7 @@ def load_whisper(source: str, device: torch.device | str) -> Recogniser:
     is_multilingual = getattr(model.generation_config, "is_multilingual", False)
     options = {"language": "en", "task": "transcribe"} if is_multilingual else {}
 
-    def hear(waveform: Tensor) -> str:
+    def transcribe(waveform: Tensor) -> str:
         is_long = len(waveform) > processor.feature_extractor.n_samples
         inputs = processor(
             waveform.numpy(),
@@ -96,54 +93,31 @@ def load_whisper(source: str, device: torch.device | str) -> Recogniser:
         return processor.batch_decode(token_ids, skip_special_tokens=True)[0].strip()
 
     spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
-    return Recogniser(f"whisper:{source}", hear, spelling or {})
+    return Recognizer(f"whisper:{source}", transcribe, spelling or {})
 
 
-def load_pocketsphinx() -> Recogniser:
-    """PocketSphinx with the small US English model in its wheel: free, quick, and often wrong."""
+def load_pocketsphinx() -> Recognizer:
+    """Load PocketSphinx with the small US English model in its wheel: quick, and often wrong."""
     from pocketsphinx import Decoder
 
     decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
-
-    def hear(waveform: Tensor) -> str:
-        if len(waveform) < SAMPLE_RATE // 10:  # it fails on less than a frame
-            return ""
-        pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
-        decoder.reinit_feat()  # else it adapts to what it heard before
-        decoder.start_utt()
-        decoder.process_raw(pcm, no_search=False, full_utt=True)
-        decoder.end_utt()
-        found = decoder.hyp()
-        return "" if found is None else found.hypstr
-
-    return Recogniser("pocketsphinx en-us", hear, {})
+    return Recognizer("pocketsphinx en-us", partial(transcribe_by_sphinx, decoder), {})
 
 
-def load_utmos(source: str, *, device: torch.device | str = "cpu") -> Callable[[Tensor], float]:
-    """UTMOS22 strong learner by utmos-pytorch: waveform -> mean opinion score, 1 to 5.
+def transcribe_by_sphinx(decoder: Any, waveform: Tensor, room_noise: float = ROOM_NOISE) -> str:
+    """Return what PocketSphinx hears, "" for nothing.
 
-    Raises:
-        ValueError: the package is missing, or the file holds other weights.
+    Args:
+        room_noise: standard deviation of the normal noise that is added, always the same.
     """
-    if not is_installed("utmos_pytorch"):
-        raise ValueError(f"--utmos: utmos-pytorch is not installed; {NEEDS_EVAL}")
-    from utmos_pytorch import UTMOSScoreTorch
-
-    path = resolve_artifact(source, field="--utmos")
-    check_utmos_weights(path)
-    model = UTMOSScoreTorch(ckpt_path=str(path), device=str(device))
-    return lambda waveform: float(model.score(waveform.to(device)))
-
-
-def check_utmos_weights(path: Path) -> None:
-    """utmos-pytorch ignores missing weights, and would score with random ones."""
-    from utmos_pytorch.utmos_torch import UTMOSModel
-
-    with torch.device("meta"):
-        wanted = UTMOSModel().state_dict().keys()
-    found = torch.load(path, map_location="meta", weights_only=True, mmap=True).keys()
-    if missing := wanted - found:
-        raise ValueError(
-            f"--utmos {path}: {len(missing)} weights are missing, first {min(missing)}. Give "
-            f"{UTMOS_WEIGHTS}, or a copy of that file."
-        )
+    if len(waveform) < SAMPLE_RATE // 10:  # it fails on less than a frame
+        return ""
+    room = torch.Generator().manual_seed(0)
+    waveform = waveform + room_noise * torch.randn(len(waveform), generator=room)
+    pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+    decoder.reinit_feat()  # else it adapts to what came before
+    decoder.start_utt()
+    decoder.process_raw(pcm, no_search=False, full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return "" if found is None else found.hypstr

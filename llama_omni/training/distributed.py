@@ -1,28 +1,36 @@
 """The processes of a run: joining their group, sums over all of them, and signals to stop.
 
-Used by `train.py` at the start, and by `loop.py`, `meter.py` and `checkpoint.py` at every step.
+Used by `train.py` at the start, and by the training loop at every step.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large checkpoint
 
 
 def init_processes() -> torch.device:
-    """Joins the process group that torchrun, accelerate or deepspeed describe; alone otherwise."""
+    """Join the process group that torchrun, accelerate or deepspeed describe, or be alone.
+
+    Returns:
+        The device of this process.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") != "true"
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     return device
@@ -32,15 +40,15 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of a CPU tensor, in place."""
+def all_sum(values: Tensor) -> Tensor:
+    """Add up a CPU tensor over all processes, in place, and return it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 class StopRequest:
-    """Remembers a SIGTERM, and tells it to all processes at a step boundary."""
+    """Remembers a SIGTERM, and reports it to all processes at a step boundary."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -54,5 +62,5 @@ class StopRequest:
 
 
 def ignore_sigterm(_: int) -> None:
-    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    """Let a loader's worker live: SLURM signals all processes, and the step is to be finished."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llama_omni.options.config import TrainConfig
-
 logger = logging.getLogger(__name__)
 
 
 def trim_metrics(path: Path, *, start_step: int) -> None:
-    """Drops what a killed run left: a half-written line, and steps that a resume does again."""
+    """Drop what a killed run left: a half-written line, and steps that a resume does again."""
     if not path.is_file():
         return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
@@ -31,42 +29,62 @@ class Tracker:
 
     Credentials come from the trackers' own environment.
 
+    Args:
+        report_to: tensorboard, wandb, trackio or none.
+        output_dir: gets metrics.jsonl.
+        project, name: of the run, for W&B and trackio.
+        tensorboard_dir: gets TensorBoard's files.
+        start_step: the global step that a resume begins at; later records are dropped.
+
     Raises:
         ValueError: the tracker's package is not installed.
     """
 
     def __init__(
-        self, config: TrainConfig, output_dir: Path, *, is_main: bool, start_step: int = 0
+        self,
+        report_to: str,
+        output_dir: Path,
+        *,
+        project: str,
+        name: str,
+        tensorboard_dir: Path,
+        is_main: bool,
+        start_step: int = 0,
     ) -> None:
         self.is_main = is_main
         self.path = output_dir / "metrics.jsonl"
         self.writer: Any = None
         self.run: Any = None
+        self.package: Any = None  # of `run`
         if not is_main:
             return
+        output_dir.mkdir(parents=True, exist_ok=True)
         trim_metrics(self.path, start_step=start_step)
-        name = config.run_name or output_dir.name
         try:
-            if config.report_to == "tensorboard":
+            if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.writer = SummaryWriter(str(output_dir / "tensorboard"))
-            elif config.report_to == "wandb":
+                # What a killed run wrote past the checkpoint is hidden.
+                purge_step = start_step + 1 if start_step else None
+                self.writer = SummaryWriter(str(tensorboard_dir), purge_step=purge_step)
+            elif report_to == "wandb":
                 import wandb  # pyright: ignore[reportMissingImports]
 
-                self.run = wandb.init(project="llama-omni", name=name, dir=str(output_dir))
-            elif config.report_to == "trackio":
+                self.package = wandb
+                self.run = wandb.init(project=project, name=name, dir=str(output_dir))
+            elif report_to == "trackio":
                 import trackio  # pyright: ignore[reportMissingImports]
 
-                self.run = trackio.init(project="llama-omni", name=name)
+                self.package = trackio
+                self.run = trackio.init(project=project, name=name)
         except ImportError as error:
             raise ValueError(
-                f"report_to={config.report_to!r}: the package is not installed ({error}). Install "
-                f"the extra `{config.report_to}`, or set report_to to none."
+                f"report_to={report_to!r}: the package is not installed ({error}). Install the "
+                f"extra `{report_to}`, or set report_to to none."
             ) from error
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        """One record at a global step; keys such as train/loss."""
+        """Write one record at a global step; its keys are such as train/loss."""
         if not self.is_main:
             return
         with self.path.open("a", encoding="utf-8") as file:

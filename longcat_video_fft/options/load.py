@@ -1,6 +1,6 @@
 """Reads and checks training_config.json and databackend*.json: what a command calls first.
 
-    words of the command line -> `parsing.py` -> TrainConfig, checked by `config_rules.py`
+    argv of the command line  -> `parsing.py` -> TrainConfig, checked by `config_rules.py`
     data_backend_config       -> `parsing.py` -> DataConfig, checked by `data_rules.py`
 
 Nothing heavy is imported: a mistake is reported within the first second, before any model loads.
@@ -24,16 +24,18 @@ from longcat_video_fft.options.data_config import (
     VideoOptions,
 )
 from longcat_video_fft.options.data_rules import (
-    REFUSED,
+    UNSUPPORTED,
     check_caches,
     check_frames,
     check_picture,
+    check_placeholders,
     check_source,
+    find_placeholders,
 )
 from longcat_video_fft.options.parsing import (
     check_values,
+    parse_argv,
     parse_text,
-    parse_words,
     read_json,
     read_json_object,
 )
@@ -47,12 +49,16 @@ OLDER_NAMES = {
 }
 
 
-def read_configs(words: list[str]) -> tuple[TrainConfig, DataConfig]:
-    """Raises ValueError for whatever is wrong in the two files or on the command line."""
-    config = load_config(words)
-    return config, load_data_config(
-        config.folder / Path(str(config.data_backend_config)).expanduser()
-    )
+def read_configs(argv: list[str], *, plans: bool = False) -> tuple[TrainConfig, DataConfig]:
+    """Reads the two files and the command line. `plans`: with dry_run set, placeholders may be
+    left.
+
+    Raises:
+        ValueError: what is wrong, with the file and the field.
+    """
+    config = load_config(argv)
+    path = config.folder / Path(str(config.data_backend_config)).expanduser()
+    return config, load_data_config(path, allows_placeholders=plans and config.dry_run)
 
 
 def load_config(argv: list[str]) -> TrainConfig:
@@ -62,13 +68,13 @@ def load_config(argv: list[str]) -> TrainConfig:
         ValueError: unreadable file, unknown key (the nearest known one is named), wrong type, or a
             value that cannot work.
     """
-    words = parse_words(argv)
+    texts = parse_argv(argv)
     values: dict[str, Any] = {}
-    source = words.pop("config", None) or "the command line"
+    source = texts.pop("config", None) or "the command line"
     if source != "the command line":
         values = check_values(rename_older(read_json_object(Path(source)), source), TYPES, source)
-    words = rename_older(words, "the command line")
-    given = {key: parse_text(key, text, TYPES) for key, text in words.items()}
+    texts = rename_older(texts, "the command line")
+    given = {key: parse_text(key, text, TYPES) for key, text in texts.items()}
     values.update(check_values(given, TYPES, "the command line"))
     config = TrainConfig(**values, source=source)
     validate_config(config)
@@ -76,7 +82,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 
 def rename_older(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """`raw` with today's names. Raises ValueError when both are there, with two values."""
+    """Returns `raw` with today's names. Raises ValueError when both are there, with two values."""
     raw = dict(raw)
     for name, older in OLDER_NAMES.items():
         if older in raw:
@@ -89,8 +95,11 @@ def rename_older(raw: dict[str, Any], source: str) -> dict[str, Any]:
     return raw
 
 
-def load_data_config(path: Path) -> DataConfig:
+def load_data_config(path: Path, *, allows_placeholders: bool = False) -> DataConfig:
     """Reads and checks a databackend file.
+
+    Args:
+        allows_placeholders: fields that still hold a placeholder are named in the result.
 
     Raises:
         ValueError: what is wrong, with the file and the field.
@@ -102,20 +111,22 @@ def load_data_config(path: Path) -> DataConfig:
     text = TextEmbeds(**_read(_pick(raw, "text_embeds", path), TextEmbeds, str(path)))
     options = VideoOptions(**_read(videos.video, VideoOptions, f"{path}: video"))
     parquet = ParquetOptions(**_read(videos.parquet, ParquetOptions, f"{path}: parquet"))
-    for complaint in (
+    for problem in (
         *check_source(videos, parquet),
         *check_picture(videos),
         *check_frames(options),
         *check_caches(videos, text),
+        *([] if allows_placeholders else check_placeholders(videos)),
     ):
-        raise ValueError(f"{path}: {complaint}")
+        raise ValueError(f"{path}: {problem}")
     if videos.aws_secret_access_key or videos.aws_access_key_id:
         logger.warning(
             "%s holds an AWS key. Whoever reads the file has it: export AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY instead, which win over the file.",
             path,
         )
-    return DataConfig(path, videos, options, parquet, text, _build_rule(videos, options))
+    rule, placeholders = _build_rule(videos, options), tuple(find_placeholders(videos))
+    return DataConfig(path, videos, options, parquet, text, rule, placeholders)
 
 
 def _pick(raw: list[dict[str, Any]], kind: str, path: Path) -> dict[str, Any]:
@@ -136,14 +147,13 @@ def _pick(raw: list[dict[str, Any]], kind: str, path: Path) -> dict[str, Any]:
 
 def _read(raw: dict[str, Any], kind: type, source: str) -> dict[str, Any]:
     for key in raw:
-        if key in REFUSED:
-            raise ValueError(f"{source}: {key} is refused: {REFUSED[key]}.")
-    if raw.get("disable_multiline_split") is True:  # what is done anyway
-        raw = {key: value for key, value in raw.items() if key != "disable_multiline_split"}
-    elif "disable_multiline_split" in raw:
+        if key in UNSUPPORTED:
+            raise ValueError(f"{source}: {key} is not supported: {UNSUPPORTED[key]}.")
+    raw = dict(raw)
+    if raw.pop("disable_multiline_split", True) is not True:  # true is what is done anyway
         raise ValueError(
-            f"{source}: disable_multiline_split=false is refused: a caption of several lines is "
-            "one caption; delete the line."
+            f"{source}: disable_multiline_split=false is not supported: a caption of several lines "
+            "is one caption; delete the line."
         )
     types = get_type_hints(kind)
     names = {f.name for f in dataclasses.fields(kind)}

@@ -1,6 +1,6 @@
 """JSON files and command lines -> values of the types that options have, or a message.
 
-Called by `load.py` with the types of the options; knows none of them by itself.
+It knows no option itself: `types` maps the name of each to its type hint. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,44 +14,50 @@ if TYPE_CHECKING:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError when there is no such file or it is not JSON."""
+    """Return the contents of a file, or raise ValueError when it is missing or not JSON."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config file ({path.absolute()}).")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Mend the line it names.") from None
+        raise ValueError(f"{path}: not valid JSON ({error}). Fix the line it names.") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the contents of a file that holds one object, or raise ValueError."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: holds a {type(raw).__name__}, not an object of options.")
     return raw  # pyright: ignore[reportUnknownVariableType]
 
 
-def parse_words(argv: list[str]) -> dict[str, str]:
-    """`--key value`, `--key=value` and bare `--flag` (true) as texts by key."""
-    words: dict[str, str] = {}
+def parse_argv(argv: list[str], *, hint: str = "") -> dict[str, str]:
+    """`--key value`, `--key=value` and bare `--flag` (true) as texts by key; the last one wins.
+
+    Raises:
+        ValueError: an argument that belongs to no key; `hint` ends the message.
+    """
+    texts: dict[str, str] = {}
     position = 0
     while position < len(argv):
-        word = argv[position]
-        if not word.startswith("--"):
+        argument = argv[position]
+        if not argument.startswith("--"):
             raise ValueError(
-                f"the command line: {word!r} has no key. Write --key value, for example --seed 1."
+                f"the command line: {argument!r} has no key. Write --key value, for example "
+                f"--seed 1{hint}."
             )
-        key, has_equals, text = word[2:].partition("=")
+        key, has_equals, text = argument[2:].partition("=")
         position += 1
         if not has_equals:
             is_value = position < len(argv) and not argv[position].startswith("--")
             text = argv[position] if is_value else "true"
             position += is_value
-        words[key] = text
-    return words
+        texts[key] = text
+    return texts
 
 
 def parse_text(key: str, text: str, types: dict[str, Any]) -> Any:
-    """A command-line word as the JSON value that the key's type asks for."""
+    """Return a command-line argument as the JSON value that the key's type asks for."""
     allowed = get_args(types.get(key, str)) or (types.get(key, str),)
     if text.lower() in ("null", "none") and type(None) in allowed:
         return None
@@ -67,7 +73,7 @@ def parse_text(key: str, text: str, types: dict[str, Any]) -> Any:
 
 
 def check_values(raw: dict[str, Any], types: dict[str, Any], source: str) -> dict[str, Any]:
-    """The values of known keys with the right types; keys that begin with "_" are left out."""
+    """Return the values of known keys, checked; keys that begin with "_" are comments."""
     return {
         key: check_value(key, value, types, source)
         for key, value in raw.items()
@@ -76,7 +82,11 @@ def check_values(raw: dict[str, Any], types: dict[str, Any], source: str) -> dic
 
 
 def check_value(key: str, value: Any, types: dict[str, Any], source: str) -> Any:
-    """`value` when `key` is known and takes its type; whole numbers are taken as floats."""
+    """Return `value` if `key` is known and takes its type; whole numbers are taken as floats.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named), or another type.
+    """
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else " README.md lists the known keys."

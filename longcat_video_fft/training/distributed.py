@@ -1,4 +1,7 @@
-"""The processes of a training: joining them, sums over them, and a signal that ends them all."""
+"""The processes of a run: joining their group, sums over all of them, and signals to stop.
+
+Used by `train.py` at the start, and by the training loop at every step.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ LONGEST_WAIT = timedelta(hours=2)  # others wait while one rank writes a large c
 
 
 def init_processes() -> torch.device:
-    """Joins the process group that accelerate or torchrun describe; alone otherwise."""
+    """Join the process group that torchrun, accelerate or deepspeed describe, or be alone.
+
+    Returns:
+        The device of this process.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") != "true"
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
@@ -34,14 +41,14 @@ def is_main_process() -> bool:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over all processes of a CPU tensor, in place."""
+    """Add up a CPU tensor over all processes, in place, and return it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 class StopRequest:
-    """Remembers a SIGTERM, and tells it to all processes at a step boundary."""
+    """Remembers a SIGTERM, and reports it to all processes at a step boundary."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -55,5 +62,5 @@ class StopRequest:
 
 
 def ignore_sigterm(_: int) -> None:
-    """In a loader's worker: SLURM signals all processes, and the training is to end its step."""
+    """Let a loader's worker live: SLURM signals all processes, and the step is to be finished."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

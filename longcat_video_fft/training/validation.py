@@ -34,6 +34,7 @@ from longcat_video_fft.options.config_rules import parse_resolution
 from longcat_video_fft.precompute.job import find_models
 from longcat_video_fft.training.distributed import all_sum, is_main_process
 from longcat_video_fft.training.held_out import held_out_loss
+from longcat_video_fft.training.video_log import log_video
 
 if TYPE_CHECKING:
     from longcat_video_fft.dataset.latents import LatentDataset
@@ -137,7 +138,7 @@ class Validation:
         return pipe
 
     def _sample(self, pipe: LongCatVideoPipeline, engine: Engine, prompt: str, seed: int) -> Tensor:
-        """-> latents (1, 16, t, h, w): the same noise for a seed at any step, on any device."""
+        """Samples latents (1, 16, t, h, w): the same noise for a seed at any step and device."""
         config = self.config
         embeds, mask = self.dataset.pad([self.embeddings[clean_caption(prompt)]])
         negative = clean_caption(config.validation_negative_prompt)
@@ -159,7 +160,7 @@ class Validation:
         return latents
 
     def _show(self, tracker: Tracker, step: int) -> None:
-        """Rank 0 sends the videos of all processes, whose disk it shares, to the tracker."""
+        """Sends the videos of all processes, whose disk it shares, from rank 0 to the tracker."""
         dist.barrier()
         if not is_main_process():
             return
@@ -167,11 +168,12 @@ class Validation:
             path = self.folder(step) / f"{number}.mp4"
             if path.is_file():
                 frames = read_frames(path, self.shape, fps=FPS)
-                tracker.log_video(f"validation/{number}", path, frames, step=step, caption=prompt)
+                name = f"validation/{number}"
+                log_video(tracker, name, path, frames, step=step, caption=prompt)
 
 
 def read_prompts(config: TrainConfig) -> list[str]:
-    """validation_prompt itself, or the lines of the .txt file that it names; [] for null.
+    """Returns validation_prompt itself, or the lines of the .txt file that it names; [] for null.
 
     Raises:
         ValueError: no such file, or nothing in it.
@@ -193,7 +195,8 @@ def read_prompts(config: TrainConfig) -> list[str]:
 def encode_validation_prompts(
     config: TrainConfig, prompts: list[str], output_dir: Path
 ) -> dict[str, Tensor]:
-    """Cleaned prompt -> states of its valid tokens (L, D) bf16, the negative prompt's too.
+    """Embeds each cleaned prompt: states of its valid tokens (L, D) bf16, the negative prompt's
+    too.
 
     Rank 0 makes them, unless a run before this one did; the others read OUT's file.
     """
@@ -227,7 +230,7 @@ def encode_validation_prompts(
 
 
 def read_identity(path: Path) -> dict[str, str] | None:
-    """What the file was made of; None without one."""
+    """Returns what the file was made of; None without one."""
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""What `evaluate.py` counts: a `Result` for each sample, and their summary.
+"""Counts what `evaluate.py` reports: a `Result` for each sample, and their summary.
 
 Error rates are all errors over all reference items together, as in word error rates.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vss_longcat_omni.speech.recognizer import is_installed
+from vss_longcat_omni.inference.word_errors import word_error_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from vss_longcat_omni.speech.recognizer import Recogniser
+    from vss_longcat_omni.speech.recognizer import Recognizer
 
 LABELS = {
     "num_samples": "samples",
@@ -26,8 +26,8 @@ LABELS = {
     "exact_match": "text exactly right",
     "word_error_rate": "word error rate of the text",
     "finished_rate": "answers that came to an end",
-    "asr": "speech recogniser",
-    "asr_wer": "its word error rate against the text said",
+    "asr": "speech recognizer",
+    "asr_wer": "its word error rate against the answer's text",
     "answer_wer": "... against the transcript",
     "round_trip_wer": "... of true answers through the codec",
     "duration_error_seconds": "duration error, mean (s)",
@@ -42,43 +42,43 @@ class Result:
 
     name: str  # of the sample
     expected: str | None  # the transcript; None where there is none
-    said: str | None  # the text; None of a model without a text stream
-    is_finished: bool  # False: cut at max_rows
+    answer: str | None  # the text; None of a model without a text stream
+    is_finished: bool  # False: cut at max_frames
     wav: str | None  # None: no sound at all
     seconds: float  # of speech
     true_seconds: float  # of the true answer
     computing_seconds: float  # of generation and decoding
-    heard: str | None = None  # what the recogniser makes of wav; "" where there is none
-    round_trip_heard: str | None = None  # ... of the true answer, encoded and decoded
+    transcribed: str | None = None  # what the recognizer makes of wav; "" where there is none
+    round_trip_transcribed: str | None = None  # ... of the true answer, encoded and decoded
 
 
-def summarise(
-    results: Sequence[Result], losses: dict[str, float], recogniser: Recogniser | None
+def summarize(
+    results: Sequence[Result], losses: dict[str, float], recognizer: Recognizer | None
 ) -> dict[str, Any]:
-    """The keys of LABELS; None where there was nothing to measure by.
+    """Return the keys of LABELS; None where there was nothing to measure by.
 
-    `losses` are those of `training.metrics.describe`. Words are Whisper's normalised English ones,
-    and need jiwer. The round trip's errors are the recogniser's and the codec's alone.
+    `losses` are those of `training.metrics.describe`. Words are Whisper's normalized English ones,
+    and need jiwer. The round trip's errors are the recognizer's and the codec's alone.
     """
-    spelling = recogniser.spelling if recogniser else {}
+    spelling = recognizer.spelling if recognizer else {}
 
     def compare(pairs: Iterable[tuple[str | None, str | None]]) -> float | None:
-        known = [(text, heard) for text, heard in pairs if text is not None and heard is not None]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
         return word_error_rate(known, spelling)
 
-    both = [r for r in results if r.expected is not None and r.said is not None]
+    both = [r for r in results if r.expected is not None and r.answer is not None]
     errors = sum(abs(r.seconds - r.true_seconds) for r in results)
     speech = sum(r.seconds for r in results)
     values = {
         "num_samples": len(results),
         **{key: losses.get(key) for key in LABELS if key.endswith(("_loss", "_accuracy"))},
-        "exact_match": _ratio(sum(r.said == r.expected for r in both), len(both)),
-        "word_error_rate": compare((r.expected, r.said) for r in results),
+        "exact_match": _ratio(sum(r.answer == r.expected for r in both), len(both)),
+        "word_error_rate": compare((r.expected, r.answer) for r in results),
         "finished_rate": _ratio(sum(r.is_finished for r in results), len(results)),
-        "asr": recogniser.name if recogniser else "none",
-        "asr_wer": compare((r.said, r.heard) for r in results),
-        "answer_wer": compare((r.expected, r.heard) for r in results),
-        "round_trip_wer": compare((r.expected, r.round_trip_heard) for r in results),
+        "asr": recognizer.name if recognizer else "none",
+        "asr_wer": compare((r.answer, r.transcribed) for r in results),
+        "answer_wer": compare((r.expected, r.transcribed) for r in results),
+        "round_trip_wer": compare((r.expected, r.round_trip_transcribed) for r in results),
         "duration_error_seconds": _ratio(errors, len(results)),
         "duration_error_rate": _ratio(errors, sum(r.true_seconds for r in results)),
         "real_time_factor": _ratio(sum(r.computing_seconds for r in results), speech),
@@ -91,26 +91,8 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def word_error_rate(pairs: Sequence[tuple[str, str]], spelling: dict[str, str]) -> float | None:
-    """Of (reference, hypothesis) pairs together, after Whisper's English text normaliser on both.
-
-    None when jiwer is missing or no reference holds a word. `spelling`: see `Recogniser`.
-    """
-    if not is_installed("jiwer"):
-        return None
-    import jiwer
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    normalise = EnglishTextNormalizer(spelling)
-    normalised = [(normalise(reference), normalise(heard)) for reference, heard in pairs]
-    kept = [pair for pair in normalised if pair[0]]
-    if not kept:
-        return None
-    return jiwer.wer([reference for reference, _ in kept], [heard for _, heard in kept])
-
-
 def format_table(summary: dict[str, Any]) -> str:
-    """The summary in lines of label and value."""
+    """Format the summary in lines of label and value."""
     width = max(map(len, LABELS.values()))
     lines = [f"{label:{width}}  {_format(key, summary[key])}" for key, label in LABELS.items()]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,7 @@
-"""Speech files (wav, mp3, flac) -> waveforms, or what is wrong with them; and waveforms to files.
+"""Speech files (wav, mp3, flac) -> mono waveforms, or what is wrong with them; and back to files.
 
-First step of the data flow: a sample's speech -> waveform -> features and codes; video.py reads the
-video. libsndfile reads and writes; torchaudio only resamples, since its loaders need an ffmpeg
-build.
+First step of the data flow: a sample's speech -> waveform -> features or codes. libsndfile reads
+and writes; torchaudio only resamples, since its loaders need an FFmpeg build.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Speech recognisers: what they hear in a waveform, freely or as one of a few sentences.
+"""Speech recognizers, each optional and loaded when asked for: Whisper and PocketSphinx.
 
-tools/transcribe.py writes it down; evaluate.py and tools/judge.py measure a model by it.
-
-Each is optional and loads when asked for. A waveform is (num_samples,) float32 at 16 kHz.
+A waveform is (num_samples,) float32 at 16 kHz.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,27 +15,27 @@ import torch
 from vss_longcat_omni.options.hub import resolve_artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
 SAMPLE_RATE = 16000
-ROOM_NOISE = 1e-3  # PocketSphinx does not hear through silence to the last bit, as espeak-ng's
+ROOM_NOISE = 1e-3  # PocketSphinx stops at silence of exact zeros, as espeak-ng's
 WHISPER_FILES = ("*.json", "*.txt", "model.safetensors", "model-*.safetensors")
 NEEDS_EVAL = "install the extra 'eval' (pip install -e '.[eval]')"
 
 
 @dataclass(frozen=True)
-class Recogniser:
-    """A named speech recogniser. `spelling` maps British to American words, as Whisper's does."""
+class Recognizer:
+    """A named speech recognizer. `spelling` maps British to American words, as Whisper's does."""
 
     name: str
-    hear: Callable[[Tensor], str]
+    transcribe: Callable[[Tensor], str]
     spelling: dict[str, str]
 
 
-def load_recogniser(spec: str, *, device: torch.device | str = "cpu") -> Recogniser | None:
-    """What --asr names: "whisper:FOLDER_OR_HUB_ID", "pocketsphinx", "none", or "auto".
+def load_recognizer(spec: str, *, device: torch.device | str = "cpu") -> Recognizer | None:
+    """Load what --asr names: "whisper:FOLDER_OR_HUB_ID", "pocketsphinx", "none", or "auto".
 
     "auto" is pocketsphinx where it is installed, else none.
 
@@ -60,8 +59,8 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def load_whisper(source: str, device: torch.device | str) -> Recogniser:
-    """Whisper by transformers, English, greedy; any length (30 s at a time, by its timestamps)."""
+def load_whisper(source: str, device: torch.device | str) -> Recognizer:
+    """Load Whisper by transformers: English, greedy, any length (30 s at a time, by timestamps)."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     folder = resolve_artifact(source, field="--asr whisper", allow_patterns=WHISPER_FILES)
@@ -75,7 +74,7 @@ def load_whisper(source: str, device: torch.device | str) -> Recogniser:
     is_multilingual = getattr(model.generation_config, "is_multilingual", False)
     options = {"language": "en", "task": "transcribe"} if is_multilingual else {}
 
-    def hear(waveform: Tensor) -> str:
+    def transcribe(waveform: Tensor) -> str:
         is_long = len(waveform) > processor.feature_extractor.n_samples
         inputs = processor(
             waveform.numpy(),
@@ -94,47 +93,29 @@ def load_whisper(source: str, device: torch.device | str) -> Recogniser:
         return processor.batch_decode(token_ids, skip_special_tokens=True)[0].strip()
 
     spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
-    return Recogniser(f"whisper:{source}", hear, spelling or {})
+    return Recognizer(f"whisper:{source}", transcribe, spelling or {})
 
 
-def load_pocketsphinx() -> Recogniser:
-    """PocketSphinx with the small US English model in its wheel: free, quick, and often wrong."""
+def load_pocketsphinx() -> Recognizer:
+    """Load PocketSphinx with the small US English model in its wheel: quick, and often wrong."""
     from pocketsphinx import Decoder
 
     decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
-    return Recogniser("pocketsphinx en-us", lambda waveform: _hear(decoder, waveform), {})
+    return Recognizer("pocketsphinx en-us", partial(transcribe_by_sphinx, decoder), {})
 
 
-def load_listener(sentences: Sequence[str]) -> Callable[[Tensor], str]:
-    """Which of the sentences a waveform is, by PocketSphinx; "" for none.
+def transcribe_by_sphinx(decoder: Any, waveform: Tensor, room_noise: float = ROOM_NOISE) -> str:
+    """Return what PocketSphinx hears, "" for nothing.
 
-    Raises:
-        ValueError: the package is missing.
+    Args:
+        room_noise: standard deviation of the normal noise that is added, always the same.
     """
-    choices = " | ".join(sentences)
-    return load_grammar(f"#JSGF V1.0; grammar answers; public <one> = {choices};")
-
-
-def load_grammar(text: str, *, room_noise: float = ROOM_NOISE) -> Callable[[Tensor], str]:
-    """The same for the sentences of a grammar in JSGF, which is faster where they are many."""
-    if not is_installed("pocketsphinx"):
-        raise ValueError(f"pocketsphinx is not installed; {NEEDS_EVAL}")
-    from pocketsphinx import Decoder
-
-    decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", lm=None)
-    decoder.add_jsgf_string("answers", text)
-    decoder.activate_search("answers")
-    return lambda waveform: _hear(decoder, waveform, room_noise)
-
-
-def _hear(decoder: Any, waveform: Tensor, room_noise: float = ROOM_NOISE) -> str:
-    """What PocketSphinx makes of it, with normal noise of this deviation added, always the same."""
     if len(waveform) < SAMPLE_RATE // 10:  # it fails on less than a frame
         return ""
     room = torch.Generator().manual_seed(0)
     waveform = waveform + room_noise * torch.randn(len(waveform), generator=room)
     pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
-    decoder.reinit_feat()  # else it adapts to what it heard before
+    decoder.reinit_feat()  # else it adapts to what came before
     decoder.start_utt()
     decoder.process_raw(pcm, no_search=False, full_utt=True)
     decoder.end_utt()

@@ -1,6 +1,6 @@
-"""What the processes of a run do together, what stops them, and notices about DeepSpeed.
+"""Sums over the processes of a run, stops them on signals, and gives notices about DeepSpeed.
 
-Used by train_ds.py before the training, and by trainer.py in it.
+train_ds.py uses it before the training, and trainer.py in it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The tensor itself, added up over all processes, which all take part."""
+    """Add the tensor up in place over all processes, which all take part; return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGUSR1 to any process: all save a checkpoint after the step, and stop."""
+    """Lets all processes save a checkpoint and stop after a step, on SIGTERM or SIGUSR1 to one."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -56,15 +56,16 @@ class StopOnSignal(TrainerCallback):
 
 
 def stop_early(number: int, _: Any) -> None:
-    """Until the Trainer takes the signal over there is nothing to save but the cache, which stays.
-    Without an error: run_deepspeed.sh then queues the job again."""
+    """Stop before the Trainer takes the signal over, while there is nothing to save but the cache,
+    which stays. Without an error: run_deepspeed.sh then queues the job again."""
     signal.signal(number, signal.SIG_IGN)  # one that comes once more would break the ending
     logger.warning("signal %d before the training began: nothing to save; stopping", number)
     raise SystemExit(0)
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """SLURM signals every process of a job; a worker that dies would end the run without saving."""
+    """Ignore signals: SLURM sends them to every process, and a worker that died would end the run
+    without saving."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -73,14 +74,14 @@ def notice_optimizer_offload() -> None:
     zero = (deepspeed_config() or {}).get("zero_optimization", {})
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         logger.warning(
-            "offload_optimizer is honoured, but for LoRA it saves 2.5 GB in all and slows each "
+            "offload_optimizer is honored, but for LoRA it saves 2.5 GB in all and slows each "
             "step: better left out of the DeepSpeed config."
         )
 
 
 def notice_locks() -> None:
-    """A process that was killed while it built an operator leaves its lock, for which the next one
-    waits without a word."""
+    """Warn of locks: a process that was killed while it built an operator leaves its lock, for
+    which the next one waits silently."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     for lock in folder.glob("**/lock"):
