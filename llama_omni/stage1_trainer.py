@@ -1,6 +1,6 @@
 """Stage 1, speech to text: trains projector and language model on the answers' cross-entropy.
 
-The speech encoder stands still unless `tune_speech_encoder`. `train.py` puts the parts together.
+The speech encoder is frozen unless `tune_speech_encoder`. `train.py` puts the parts together.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LORA_TARGETS = r"model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pr
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """Mean cross-entropy a token of the answers over the global batch."""
+    """Returns mean cross-entropy a token of the answers over the global batch."""
     return Objective(
         task="text", count=lambda batch: batch.num_label_tokens, unit="tokens", ratio="accuracy"
     )
 
 
 def find_sources(config: TrainConfig) -> tuple[Path, Path]:
-    """Folders of the language model (with tokenizer) and of the speech encoder."""
+    """Returns the folders of the language model (with tokenizer) and of the speech encoder."""
     llama = resolve_artifact(
         str(config.model_name_or_path), field="model_name_or_path", allow_patterns=WEIGHTS
     )
@@ -46,9 +46,9 @@ def find_sources(config: TrainConfig) -> tuple[Path, Path]:
 def build_model(
     config: TrainConfig, llama: Path, encoder: Path
 ) -> tuple[Any, list[CheckpointReader]]:
-    """The model on the meta device and the readers of its weights, first found first taken.
+    """Builds the model on meta, and the readers of its weights; the first that has a weight wins.
 
-    `llama` is a plain Llama or an earlier LLaMA-Omni checkpoint to go on from.
+    `llama` is a plain Llama or an earlier LLaMA-Omni checkpoint to continue from.
     """
     base = read_llama_config(llama)
     readers = [
@@ -89,7 +89,7 @@ def _projector_only(key: str) -> str | None:
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> None:
-    """Adapters on all linears of the language model's layers, merged again in final_model."""
+    """Adds adapters to all linears of the language model's layers; final_model merges them."""
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = LoraConfig(
@@ -103,7 +103,7 @@ def add_lora(model: nn.Module, config: TrainConfig) -> None:
 
 
 def set_trainable(model: Any, config: TrainConfig) -> None:
-    """`requires_grad` by the config: the projector always, the others as asked."""
+    """Sets `requires_grad` by the config: the projector always, the others as asked."""
     for name, param in model.named_parameters():
         if "speech_projector." in name:
             wanted = True
@@ -119,7 +119,7 @@ def set_trainable(model: Any, config: TrainConfig) -> None:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups with their own peak learning rate: projector, encoder, language model."""
+    """Returns groups with their own peak learning rate: projector, encoder, language model."""
     rates = {
         "speech_projector.": config.speech_projector_lr or config.learning_rate,
         "speech_encoder.": config.speech_encoder_lr or config.learning_rate,
@@ -129,4 +129,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     for name, param in model.named_parameters():
         if param.requires_grad:
             groups[next(part for part in rates if part in name)].append(param)
-    return [{"params": params, "lr": rates[part]} for part, params in groups.items() if params]
+    return [
+        {"params": params, "lr": rates[part], "weight_decay": config.weight_decay}
+        for part, params in groups.items()
+        if params
+    ]

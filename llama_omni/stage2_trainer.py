@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """Mean CTC loss a unit over the global batch, times `ctc_loss_weight`."""
+    """Returns mean CTC loss a unit over the global batch, times `ctc_loss_weight`."""
     return Objective(
         task="units",
         count=lambda batch: batch.num_units,
@@ -49,7 +49,7 @@ def _count_infeasible(config: TrainConfig, batch: Batch) -> tuple[int, int]:
 
 
 def find_sources(config: TrainConfig) -> tuple[Path, Path]:
-    """Folders of stage 1's model; it holds the speech encoder as well."""
+    """Returns the folder of stage 1's model twice: it holds the speech encoder as well."""
     folder = resolve_artifact(
         str(config.stage1_model_path), field="stage1_model_path", allow_patterns=WEIGHTS
     )
@@ -57,9 +57,9 @@ def find_sources(config: TrainConfig) -> tuple[Path, Path]:
 
 
 def build_model(config: TrainConfig, folder: Path, _: Path) -> tuple[Any, list[CheckpointReader]]:
-    """The model on the meta device and the readers of its weights.
+    """Builds the model on the meta device, and the readers of its weights.
 
-    A generator in the checkpoint (a released model, or an earlier stage 2) is gone on from.
+    A generator in the checkpoint (a released model, or an earlier stage 2) is trained further.
     """
     reader = CheckpointReader(folder)
     shape = encoder_shape(reader, "model.speech_encoder.")
@@ -76,21 +76,22 @@ def build_model(config: TrainConfig, folder: Path, _: Path) -> tuple[Any, list[C
 
 
 def set_trainable(model: Any, config: TrainConfig) -> None:
-    """The speech generator alone."""
+    """Makes the speech generator alone trainable."""
     for name, param in model.named_parameters():
         param.requires_grad_(name.startswith("speech_generator."))
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """One group; that it holds the generator's parameters and no others is asserted."""
+    """Returns one group; asserts that it holds the generator's parameters and no others."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert named
     assert all(name.startswith("speech_generator.") for name, _ in named)
-    return [{"params": [param for _, param in named], "lr": config.learning_rate}]
+    params = [param for _, param in named]
+    return [{"params": params, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
 
 
 def add_kmeans(config: TrainConfig, final_model: Path) -> None:
-    """Puts the unit centres beside the model, where `generate.py` looks for the embedded voice."""
+    """Saves the unit centroids beside the model, where `generate.py` looks for its voice."""
     from llama_omni.speech.kmeans import read_kmeans, save_kmeans
 
     kmeans = resolve_artifact(str(config.kmeans_model_path), field="kmeans_model_path")

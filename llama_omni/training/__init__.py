@@ -1,1 +1,1 @@
-"""The training loop and what it drives."""
+"""Runs the training loop and what it drives."""

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or absent, keep the newest few, and resume exactly.
+"""Writes checkpoints atomically, keeps the newest few, and resumes from them exactly.
 
     OUT/checkpoint-500/state/              parameters and optimizer (distributed checkpoint)
     OUT/checkpoint-500/rng-00000.pt        random state of each process
     OUT/checkpoint-500/trainer_state.json  global_step, written last
 
 A checkpoint is written under `checkpoint-500.partial` and renamed when every process is done, so a
-kill at any moment leaves the last good one.
+kill at any time leaves the last good one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHECKPOINT_BYTES = {"fp32_master": 12, "bf16_stochastic": 6, "8bit": 4}
 
 
 def check_disk(model: Any, config: TrainConfig, output_dir: Path) -> None:
-    """Whether the checkpoints that will be kept, one being written and final_model find room.
+    """Checks that there is room for the checkpoints kept, one being written and final_model.
 
     Raises:
         ValueError: they do not; both numbers are named.
@@ -53,7 +53,7 @@ def check_disk(model: Any, config: TrainConfig, output_dir: Path) -> None:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step of a finished checkpoint folder, else None."""
+    """Returns the step of a finished checkpoint folder, else None."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     if found is None or not (folder / "trainer_state.json").is_file():
         return None
@@ -61,13 +61,13 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def finished_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Lists finished checkpoints, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if checkpoint_step(p) is not None]
     return sorted(found, key=lambda p: checkpoint_step(p) or 0)
 
 
 def find_checkpoint(spec: str | None, output_dir: Path) -> Path | None:
-    """What `resume_from_checkpoint` names: "latest" (None when there is none yet) or a folder.
+    """Returns what `resume_from_checkpoint` names: "latest" (None without any) or a folder.
 
     Raises:
         ValueError: the folder is no finished checkpoint.

@@ -1,14 +1,13 @@
-"""The training loop's engine under DeepSpeed ZeRO-2 or ZeRO-3 (see `parallel.TorchEngine`).
+"""Runs the training loop under DeepSpeed ZeRO-2 or ZeRO-3 (see `parallel.TorchEngine`).
 
 The DeepSpeed file holds topology and offload alone. Batch sizes, clipping and precision are
-written into it from the run's config; a file that states another value is refused.
+written into it from the run's config; a file that states another value is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,9 @@ if TYPE_CHECKING:
 
     from llama_omni.options.config import TrainConfig
 
-logger = logging.getLogger(__name__)
-
 
 def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The DeepSpeed file with what the run's config decides filled in.
+    """Reads the DeepSpeed file and adds what the run's config decides.
 
     Raises:
         ValueError: the file is no JSON object, or contradicts the config.
@@ -64,7 +61,7 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 
 class DeepSpeedEngine:
-    """Same calls as TorchEngine. Clipping happens inside DeepSpeed's step."""
+    """Has the calls of TorchEngine."""
 
     def __init__(
         self,
@@ -72,7 +69,7 @@ class DeepSpeedEngine:
         config: TrainConfig,
         device: torch.device,
         *,
-        fill: Callable[[nn.Module], None],
+        load_weights: Callable[[nn.Module], None],
         groups: Callable[[nn.Module], list[dict[str, Any]]],
     ) -> None:
         import deepspeed
@@ -83,7 +80,7 @@ class DeepSpeedEngine:
             param.data = param.data.to(compute_dtype(config))
         model.to_empty(device="cpu")
         model.reset_rotary(torch.device("cpu"))
-        fill(model)
+        load_weights(model)
         self.accum_steps = values["gradient_accumulation_steps"]
         self.device = device
         self.model, self.optimizer, _, _ = deepspeed.initialize(
@@ -98,20 +95,18 @@ class DeepSpeedEngine:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """DeepSpeed averages over processes and micro-batches; scale both back."""
+        """Scales back the averages that DeepSpeed takes over processes and micro-batches."""
         self.model.set_gradient_accumulation_boundary(is_last)
         self.model.backward(loss * (dist.get_world_size() * self.accum_steps))
 
-    def clip(self) -> float:
-        """Steps as well, since DeepSpeed clips within; NaN gradients are left out and reported."""
+    def clip_and_step(self) -> float:
+        """Returns the global gradient norm before clipping, which is part of DeepSpeed's step; when
+        it is not finite, nothing was stepped."""
         self.model.step()
         norm = self.model.get_global_grad_norm()
         if getattr(self.optimizer, "overflow", False):
             return float("nan")
         return float("nan") if norm is None else float(norm)
-
-    def step(self) -> None:
-        """Done in `clip`."""
 
     def save(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)

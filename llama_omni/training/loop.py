@@ -1,4 +1,4 @@
-"""The loop that both stages share: fetch, forward, backward, check, step, log, evaluate, save."""
+"""Runs the loop of both stages: fetch, forward, backward, check, step, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_omni.training.meter import Meter, NonFiniteError
 from llama_omni.training.optimizer import lr_scale, set_lr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from llama_omni.dataset.batch import Batch
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 def total_steps(config: TrainConfig, num_samples: int, world_size: int) -> tuple[int, int]:
-    """(steps of the run, steps an epoch)."""
+    """Returns (steps of the run, steps an epoch)."""
     global_batch = config.per_device_train_batch_size * world_size
     global_batch *= config.grad_accum_steps(world_size)
     per_epoch = steps_per_epoch(num_samples, global_batch, drop_last=config.dataloader_drop_last)
     if per_epoch == 0:
         raise ValueError(
-            f"{num_samples} samples do not fill one global batch of {global_batch}, and "
+            f"{num_samples} samples are fewer than a global batch of {global_batch}, and "
             "dataloader_drop_last=true drops it. Set it to false or lower the batch size."
         )
     if config.max_steps > 0:
@@ -69,7 +69,18 @@ def train(
     world_size = dist.get_world_size()
     accum_steps = config.grad_accum_steps(world_size)
     last_step, per_epoch = total_steps(config, len(train_set), world_size)
-    batches = iter(_loader(train_set, config, collate, start_step, last_step, accum_steps))
+    sampler = MicroBatches(
+        len(train_set),
+        micro_batch_size=config.per_device_train_batch_size,
+        accum_steps=accum_steps,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        start_step=start_step,
+        stop_step=last_step,
+        seed=config.seed,
+        drop_last=config.dataloader_drop_last,
+    )
+    batches = iter(_load_batches(train_set, sampler, config, collate))
     meter = Meter(engine, config, objective)
     stop = StopRequest()
     bar = tqdm(
@@ -84,7 +95,7 @@ def train(
         scale = lr_scale(
             global_step,
             total_steps=last_step,
-            warmup_ratio=config.warmup_ratio,
+            warmup_steps=math.ceil(last_step * config.warmup_ratio),
             kind=config.lr_scheduler_type,
         )
         lr = set_lr(engine.optimizer, scale)
@@ -108,7 +119,7 @@ def train(
             save_checkpoint(engine, output_dir, global_step, keep_last=config.save_total_limit)
         if must_stop:
             logger.warning(
-                "stopped by a signal after step %d; go on with --resume_from_checkpoint latest",
+                "stopped by a signal after step %d; continue with --resume_from_checkpoint latest",
                 global_step,
             )
             break
@@ -119,7 +130,7 @@ def train(
 def train_step(
     engine: Any, objective: Objective, micro_batches: list[Batch], *, global_step: int
 ) -> torch.Tensor:
-    """One optimizer step; returns global (loss sum, count, correct, predicted) as float64.
+    """Takes an optimizer step; returns global (loss sum, count, correct, predicted) in float64.
 
     The loss is divided by the global count, so that any split of the global batch into processes
     and micro-batches gives the same gradient.
@@ -143,20 +154,19 @@ def train_step(
             f"the loss is {sums[0].item()} {where}; nothing was stepped. Lower the learning rate, "
             "or look at the data of this step; resume with --resume_from_checkpoint latest."
         )
-    # A zero loss alone may be a set learned by heart; with answers that have no path it is none.
+    # A zero loss alone may be an overfit set; with answers that have no path it is not.
     impossible = float(sum(objective.infeasible(batch)[1] for batch in micro_batches))
     if sums[0].item() == 0 and all_sum(torch.tensor([impossible])).item() > 0:
         raise ValueError(
             f"every loss {where} was exactly zero: no {objective.unit} can be learned (targets "
             "longer than their frames?). Run `python -m llama_omni.data_utils check DATA`."
         )
-    engine.grad_norm = engine.clip()
+    engine.grad_norm = engine.clip_and_step()
     if not math.isfinite(engine.grad_norm):
         raise NonFiniteError(
             f"the gradient norm is {engine.grad_norm} {where}; nothing was stepped. Lower the "
             "learning rate; resume with --resume_from_checkpoint latest."
         )
-    engine.step()
     return sums
 
 
@@ -164,32 +174,22 @@ def train_step(
 def evaluate(
     engine: Any, objective: Objective, eval_set: Any, config: TrainConfig, *, collate: Any
 ) -> dict[str, float]:
-    """Mean loss and ratio over the whole evaluation set; all processes call it."""
-    batches = MicroBatches(
+    """Returns mean loss and ratio over the whole evaluation set; all processes call it."""
+    world_size, size = dist.get_world_size(), config.per_device_eval_batch_size
+    sampler = MicroBatches(
         len(eval_set),
-        micro_batch_size=config.per_device_eval_batch_size,
+        micro_batch_size=size,
         accum_steps=1,
         rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
+        world_size=world_size,
         start_step=0,
-        stop_step=steps_per_epoch(
-            len(eval_set),
-            config.per_device_eval_batch_size * dist.get_world_size(),
-            drop_last=False,
-        ),
+        stop_step=steps_per_epoch(len(eval_set), size * world_size, drop_last=False),
         seed=0,
         shuffle=False,
     )
     sums = torch.zeros(4, dtype=torch.float64)
     engine.module.eval()
-    for batch in DataLoader(
-        eval_set,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=config.dataloader_num_workers,  # pyright: ignore
-        worker_init_fn=ignore_sigterm,
-        generator=torch.Generator(),
-    ):
+    for batch in _load_batches(eval_set, sampler, config, collate):
         with engine.autocast():
             out = engine.model(batch.to(engine.device), objective.task)
         sums[0] += out.loss.double().cpu()
@@ -205,27 +205,16 @@ def evaluate(
 
 
 def _is_due(strategy: str, step: int, every: int, *, ends_epoch: bool, is_last: bool) -> bool:
-    """Whether to evaluate or save after `step`; the last step counts with either strategy."""
+    """Returns whether to evaluate or save after `step`; the last step counts with either."""
     is_due = {"no": False, "steps": step % every == 0, "epoch": ends_epoch}[strategy]
     return is_due or (is_last and strategy != "no")
 
 
-def _loader(
-    train_set: Any, config: TrainConfig, collate: Any, start: int, stop: int, accum_steps: int
-) -> DataLoader[Any] | Iterator[Any]:
-    sampler = MicroBatches(
-        len(train_set),
-        micro_batch_size=config.per_device_train_batch_size,
-        accum_steps=accum_steps,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        start_step=start,
-        stop_step=stop,
-        seed=config.seed,
-        drop_last=config.dataloader_drop_last,
-    )
+def _load_batches(
+    dataset: Any, sampler: MicroBatches, config: TrainConfig, collate: Any
+) -> DataLoader[Any]:
     return DataLoader(
-        train_set,
+        dataset,
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,

@@ -1,4 +1,4 @@
-"""What a stage minimises, and the numbers of its log lines: sums, speed, MFU.
+"""Defines what a stage minimizes, and the numbers of its log lines: sums, speed, MFU.
 
 Place in the data flow: the stage trainers make an `Objective`; `loop.py` hands each step's batches
 and sums to a `Meter`, whose metrics go to `tracker.py`.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from llama_omni.dataset.batch import IGNORE_INDEX
 from llama_omni.model.flops import BatchSize, peak_flops, step_flops
 from llama_omni.training.distributed import all_sum
 
@@ -27,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; every process stops before the step."""
+    """Reports that a loss or gradient is NaN or infinite; every process stops before the step."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a stage minimises and reports."""
+    """Defines what a stage minimizes and reports."""
 
     task: str  # for the model's forward
     count: Callable[[Batch], int]  # what the loss is a mean over
@@ -43,7 +44,7 @@ class Objective:
 
 
 class Meter:
-    """Sums between two log lines, and the speed."""
+    """Keeps the sums between two log lines, and the speed."""
 
     def __init__(self, engine: Any, config: TrainConfig, objective: Objective) -> None:
         self.engine = engine
@@ -76,7 +77,7 @@ class Meter:
                 self.infeasible[i] += number
 
     def flush(self, lr: float) -> dict[str, float]:
-        """Metrics since the last flush, over all processes."""
+        """Returns the metrics since the last flush, over all processes."""
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
@@ -105,25 +106,17 @@ class Meter:
 
 
 def batch_flops(model_config: Any, batch: Batch, config: TrainConfig) -> float:
-    """Model FLOPs of one micro-batch, forward and backward."""
-    answers = batch.num_label_tokens
+    """Counts the model FLOPs of one micro-batch, forward and backward."""
     frames = 0
     if batch.tgt_units is not None:
-        longest = int((batch.labels != -100).sum(1).max()) * config.ctc_upsample_factor
+        longest = int((batch.labels != IGNORE_INDEX).sum(1).max()) * config.ctc_upsample_factor
         frames = max(longest, batch.tgt_units.shape[1])
     size = BatchSize(
         clips=len(batch.speech),
         mel_frames=batch.speech.shape[-1],
         sequences=len(batch.input_ids),
         tokens=batch.input_ids.shape[1],
-        answer_tokens=answers,
+        answer_tokens=batch.num_label_tokens,
         unit_frames=max(frames, 1) if config.stage == 2 else 0,
     )
-    backbone = "full" if config.trains_backbone else "lora" if config.lora_enable else "frozen"
-    return step_flops(
-        model_config,
-        size,
-        stage=config.stage,
-        backbone=backbone,
-        encoder=config.tune_speech_encoder,
-    )
+    return step_flops(model_config, size, config)

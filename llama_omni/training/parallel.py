@@ -1,19 +1,20 @@
-"""Wrapping: one device, DDP or FSDP2 by torch; ZeRO is in `deepspeed_engine.py`.
+"""Wraps a model for one device, DDP or FSDP2 by torch; ZeRO is in `deepspeed_engine.py`.
 
-An engine is what the training loop drives: backward, clip, step, save and load. Losses come in as
-sums divided by the *global* count, so gradients are summed over processes, never averaged.
+An engine is what the training loop drives: backward, clip and step, save and load. Losses come in
+as sums divided by the *global* count, so gradients are summed over processes, never averaged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -34,27 +35,25 @@ if TYPE_CHECKING:
 
     from llama_omni.options.config import TrainConfig
 
-logger = logging.getLogger(__name__)
-
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
 def master_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype in which trained parameters are kept."""
+    """Returns the dtype in which trained parameters are kept."""
     return torch.float32 if config.optimizer_precision == "fp32_master" else torch.bfloat16
 
 
 def set_dtypes(model: nn.Module, config: TrainConfig) -> None:
-    """Trained parameters in the master dtype, frozen ones in the compute dtype (on meta: free)."""
+    """Casts trained parameters to the master dtype, frozen ones to the compute dtype (on meta)."""
     for param in model.parameters():
         dtype = master_dtype(config) if param.requires_grad else compute_dtype(config)
         param.data = param.data.to(dtype)
 
 
 def shard(model: Any, config: TrainConfig) -> None:
-    """FSDP2: one unit a transformer layer, the rest in the root; gathers in bf16, sums in fp32."""
+    """Applies FSDP2, a unit a transformer layer and a root; gathers in bf16, sums in fp32."""
     mesh = init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)
     )
@@ -70,11 +69,11 @@ def shard(model: Any, config: TrainConfig) -> None:
 
 
 class TorchEngine:
-    """One device, DDP or FSDP2. Build with the model on the meta device.
+    """Drives one device, DDP or FSDP2.
 
     Args:
         model: on meta, `requires_grad` set as wanted.
-        fill: called with the wrapped, allocated model to load its weights.
+        load_weights: called with the wrapped, allocated model to load its weights.
         groups: makes the optimizer's parameter groups from the model.
         strategy: "ddp" or "fsdp2".
     """
@@ -86,7 +85,7 @@ class TorchEngine:
         device: torch.device,
         *,
         strategy: str,
-        fill: Callable[[nn.Module], None],
+        load_weights: Callable[[nn.Module], None],
         groups: Callable[[nn.Module], list[dict[str, Any]]],
     ) -> None:
         self.module = model
@@ -98,7 +97,7 @@ class TorchEngine:
             shard(model, config)
         model.to_empty(device=device)
         model.reset_rotary(device)
-        fill(model)
+        load_weights(model)
         self.model = model
         if strategy == "ddp" and dist.get_world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -113,36 +112,38 @@ class TorchEngine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """`loss`: this process's share of the global mean; wrappers average, so scale it back."""
+        """Takes this process's share of the global mean; wrappers average, so scales it back."""
         is_ddp = isinstance(self.model, DistributedDataParallel)
         # FSDP2 reduces at every micro-batch: whole unreduced gradients would not fit.
         context = self.model.no_sync() if is_ddp and not is_last else contextlib.nullcontext()
         with context:
             (loss * dist.get_world_size()).backward()
 
-    def clip(self) -> float:
-        """The global gradient norm before clipping; gradients are clipped to max_grad_norm."""
+    def clip_and_step(self) -> float:
+        """Returns the global gradient norm before clipping to max_grad_norm; when it is not finite,
+        nothing was stepped."""
         params = [p for p in self.module.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm, foreach=True)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clipped = nn.utils.clip_grad_norm_(params, self.max_grad_norm, foreach=True)
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def save(self, folder: Path) -> None:
-        """Trained parameters and optimizer states by torch's distributed checkpoint."""
+        """Saves trained parameters and optimizer states by torch's distributed checkpoint."""
         save(self._state(), checkpoint_id=folder / "state")
 
     def load(self, folder: Path) -> None:
-        """Raises ValueError when the checkpoint belongs to another model."""
-        state = self._state()
+        """Loads a checkpoint; raises ValueError when it belongs to another model."""
         try:
+            self._match_older_states(folder)
+            state = self._state()
             load(state, checkpoint_id=folder / "state")
         except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise ValueError(
                 f"{folder}: does not fit this run's model or trainable set ({error}). Resume with "
-                "the config that wrote it, or start anew without resume_from_checkpoint."
+                "the config that wrote it, or start again without resume_from_checkpoint."
             ) from error
         peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
         set_state_dict(
@@ -154,6 +155,17 @@ class TorchEngine:
         )
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak_lr"] = peak  # the config's, should it have changed
+
+    def _match_older_states(self, folder: Path) -> None:
+        """Makes bf16 moments of convolutions (of a trained speech encoder) for 8bit checkpoints of
+        commit c64db93 and before, which hold them so."""
+        known = FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+        for name, param in self.module.named_parameters():
+            state, path = self.optimizer.state.get(param, {}), f"optimizer.state.{name}.exp_avg"
+            if "exp_avg_scale" in state and path in known and f"{path}_scale" not in known:
+                for moment in ("exp_avg", "exp_avg_rms"):
+                    del state[f"{moment}_scale"]
+                    state[moment] = torch.zeros_like(param, dtype=torch.bfloat16)
 
     def _state(self) -> dict[str, Any]:
         options = StateDictOptions(ignore_frozen_params=True)

@@ -1,7 +1,6 @@
 """One process's part of a sharded parameter, and random bits that depend on the place in the whole.
 
-`loading.py` draws start values by them, `training/optimizer.py` rounds: alike on any number of
-processes.
+What is drawn or rounded by them (`training/optimizer.py`) is alike on any number of processes.
 """
 
 from __future__ import annotations

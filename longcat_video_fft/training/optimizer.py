@@ -13,11 +13,14 @@ them; stochastic rounding keeps them on average.
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longcat_video_fft.model.sharding import (
     first_element,
@@ -33,22 +36,12 @@ if TYPE_CHECKING:
 
     from longcat_video_fft.options.config import TrainConfig
 
+logger = logging.getLogger(__name__)
+
 # Of float8_e4m3fn: the largest, the smallest above 0 (the spacing near 0), the smallest normal.
 FLOAT8_MAX, FLOAT8_MIN, FLOAT8_NORMAL = 448.0, 2.0**-9, 2.0**-6
 # Elements updated at once: bounds the scratch memory on a GPU, stays in the cache on a CPU.
-CHUNK = {"cuda": 1 << 26, "cpu": 1 << 16}
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The trained parameters; norms and biases (all that is 1-D) without weight decay."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    decayed = {"params": [param for param in params if param.ndim > 1]}
-    plain = {"params": [param for param in params if param.ndim <= 1]}
-    groups = [
-        {**decayed, "lr": config.learning_rate, "weight_decay": config.adam_weight_decay},
-        {**plain, "lr": config.learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+CHUNK = {"compiled": 1 << 26, "cuda": 1 << 23, "cpu": 1 << 16}
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
@@ -109,6 +102,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore
         assert closure is None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kernel = pick_kernel(device.type, self.eight_bit)
+        chunk_size = CHUNK[device.type if kernel is adamw_update else "compiled"]
         # First all numbers, in two tables: a copy to the GPU for each would take longer than the
         # updates themselves.
         updates = []  # (tensors, hyper-parameters, keys)
@@ -123,13 +118,12 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 step = int(state["step"])
                 key = random_keys(self.seed, step, number)
                 hyper = hyper_parameters(group, step)
-                for start, chunk in self._chunks(param, state, CHUNK[device.type]):
+                for start, chunk in self._chunks(param, state, chunk_size):
                     place = to_int32(self.first[param] + start)
                     width = chunk["weights"].shape[-1]
                     updates.append((chunk, hyper, [*key, place, width]))
         # The largest first: its size decides how the compiler cuts the work of all into blocks.
         updates.sort(key=lambda update: update[0]["weights"].numel(), reverse=True)
-        kernel = pick_kernel(device.type, self.eight_bit)
         rows = zip(
             [chunk for chunk, _, _ in updates],
             torch.tensor([hyper for _, hyper, _ in updates]).to(device).unbind(),
@@ -219,10 +213,21 @@ def adamw_update(tensors: dict[str, Tensor], hyper: Tensor, keys: Tensor) -> Non
 
 
 def pick_kernel(device: str, eight_bit: bool) -> Any:
-    """`adamw_update`, fused into one pass over memory on a GPU whose compiler knows float8."""
+    """`adamw_update`, fused into one pass over memory on a GPU whose compiler knows float8.
+
+    Triton calls a C compiler; without one the update is plain PyTorch, and slower.
+    """
     if device != "cuda" or (eight_bit and torch.cuda.get_device_capability() < (8, 9)):
         return adamw_update
-    return _compiled_update()
+    return _compiled_update() if _has_c_compiler() else adamw_update
+
+
+@functools.cache
+def _has_c_compiler() -> bool:
+    found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if not found:
+        logger.warning("no C compiler (gcc or clang): the optimizer's updates are not compiled")
+    return found
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Too little disk is said before training, with both numbers."""
+"""Too little disk is reported before training, with both numbers."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def one(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]
 
 @pytest.fixture(scope="module")
 def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs of two processes, made by one pair of them; see several_runs.py."""
+    """Makes the folder of all runs of two processes, by one pair of them; see several_runs.py."""
     folder = tmp_path_factory.mktemp("two")
     runs: list[tuple[list[str], int]] = []
 
@@ -146,7 +146,7 @@ def run_launcher(command: list[str], env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.long
 def test_accelerate_launch(tiny: Tiny, one: dict[int, Path], tmp_path: Path) -> None:
-    """The shipped file; it asks for FSDP2, and train.py shards by itself.
+    """The shipped file asks for FSDP2, and train.py shards by itself.
 
     Without --cpu, under which accelerate starts one process whatever --num_processes says.
     """

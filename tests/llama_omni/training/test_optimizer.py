@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llama_omni.model.sharding import random_bits, random_keys
 from llama_omni.options.config import TrainConfig
+from llama_omni.stage2_trainer import parameter_groups
+from llama_omni.training import optimizer
 from llama_omni.training.optimizer import (
+    FLOAT8_MIN,
     LowPrecisionAdamW,
     build_optimizer,
     lr_scale,
@@ -21,9 +25,16 @@ from llama_omni.training.optimizer import (
 
 
 def build(model: nn.Module, precision: str, **options: Any) -> torch.optim.Optimizer:
-    lr = options.pop("learning_rate", 1e-3)
-    config = TrainConfig(optimizer_precision=precision, learning_rate=lr, **options)
-    return build_optimizer([{"params": list(model.parameters()), "lr": lr}], config)
+    config = TrainConfig(
+        optimizer_precision=precision, freeze_backbone=True, **{"learning_rate": 1e-3, **options}
+    )
+    named = nn.ModuleDict({"speech_generator": model})
+    return build_optimizer(parameter_groups(named, config), config)
+
+
+def bits(count: int, *parts: object) -> Tensor:
+    return random_bits(torch.tensor([*random_keys(*parts), 0, 0], dtype=torch.int32),
+                       torch.empty(count))  # fmt: skip
 
 
 def fit(precision: str, *, lr: float, num_steps: int = 400) -> tuple[float, float]:
@@ -84,24 +95,42 @@ def test_low_precision_first_step_is_adamws(weight_decay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "step"), [(torch.bfloat16, 2.0**-7), (torch.float8_e4m3fn, 2.0**-3)]
+    ("dtype", "base", "step"),
+    [
+        (torch.bfloat16, 1.0, 2.0**-7),
+        (torch.float8_e4m3fn, 1.0, 2.0**-3),
+        (torch.float8_e4m3fn, 2.0**-6 - FLOAT8_MIN, FLOAT8_MIN),  # not normal
+        (torch.float8_e4m3fn, 0.0, FLOAT8_MIN),
+    ],
 )
-def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, step: float) -> None:
-    random = torch.Generator().manual_seed(0)
+def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, base: float, step: float) -> None:
     for share in (0.1, 0.5, 0.9):
         for sign in (1.0, -1.0):
-            value = sign * (1 + share * step)
-            rounded = round_stochastically(torch.full((40_000,), value), dtype, random).float()
-            assert set(rounded.tolist()) == {sign, sign * (1 + step)}
+            value = sign * (base + share * step)
+            drawn = bits(40_000, share, sign)
+            rounded = round_stochastically(torch.full((40_000,), value), dtype, drawn).float()
+            assert set(rounded.tolist()) == {sign * base, sign * (base + step)}
             error = rounded.double().mean().item() - value
             assert abs(error) < 4 * step * math.sqrt(share * (1 - share) / 40_000)
 
 
-def test_stochastic_rounding_keeps_what_is_exact() -> None:
-    values = torch.randn(1000).bfloat16().float()
-    assert torch.equal(
-        round_stochastically(values, torch.bfloat16, torch.Generator()).float(), values
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_stochastic_rounding_keeps_what_is_exact(dtype: torch.dtype) -> None:
+    values = torch.randn(1000).to(dtype).float()
+    assert torch.equal(round_stochastically(values, dtype, bits(1000)).float(), values)
+
+
+def test_without_a_c_compiler_updates_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton needs one; the message names it, once."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    optimizer._has_c_compiler.cache_clear()
+    for eight_bit in (False, True):
+        assert optimizer.pick_kernel("cuda", eight_bit) is optimizer.adamw_update
+    assert caplog.text.count("no C compiler (gcc or clang)") == 1
+    optimizer._has_c_compiler.cache_clear()
 
 
 def test_plain_bf16_loses_updates_and_ours_do_not() -> None:
@@ -133,9 +162,8 @@ def test_8bit_updates_stay_bounded_where_gradients_are_small_or_stop() -> None:
     """A tiny entry beside a large one: its second moment must not vanish before its first."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(4, 64, dtype=torch.bfloat16))
-    optimizer = LowPrecisionAdamW([weight], eight_bit=True, seed=0, lr=1.0, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=0.0)  # fmt: skip
-    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer = LowPrecisionAdamW([weight], eight_bit=True, seed=0, lr=1e-3, betas=(0.9, 0.999),
+                                  eps=1e-8)  # fmt: skip
     scale = torch.logspace(0, -7, 64)  # of the gradients along a row
     previous = weight.detach().clone()
     largest = 0.0
@@ -145,7 +173,7 @@ def test_8bit_updates_stay_bounded_where_gradients_are_small_or_stop() -> None:
         optimizer.step()
         largest = max(largest, (weight.detach() - previous).abs().max().item())
         previous = weight.detach().clone()
-    assert largest < 5e-3  # AdamW itself moves by about one lr
+    assert 1e-4 < largest < 5e-3  # AdamW itself moves by about one lr
 
 
 @pytest.mark.parametrize("precision", ["bf16_stochastic", "8bit"])
@@ -172,8 +200,9 @@ def test_a_loaded_optimizer_goes_on_bitwise(precision: str) -> None:
 
 
 def test_schedules() -> None:
-    def scales(kind: str, ratio: float = 0.2) -> list[float]:
-        return [lr_scale(step, total_steps=10, warmup_ratio=ratio, kind=kind) for step in range(10)]
+    def scales(kind: str, warmup_steps: int = 2) -> list[float]:
+        return [lr_scale(step, total_steps=10, warmup_steps=warmup_steps, kind=kind)
+                for step in range(10)]  # fmt: skip
 
     assert scales("constant") == [1.0] * 10
     assert scales("constant_with_warmup") == [0.5, *[1.0] * 9]
@@ -183,7 +212,8 @@ def test_schedules() -> None:
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert cosine[6] == pytest.approx(0.5)
     assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
-    assert scales("cosine", 0.03)[0] == 1.0  # 3 % of 10 steps is one step of warmup
+    assert scales("cosine", 1)[0] == 1.0
+    assert scales("linear", 20)[-1] == 0.5  # a run shorter than its warmup
 
 
 def test_groups_keep_their_ratio() -> None:

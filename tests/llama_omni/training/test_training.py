@@ -215,7 +215,7 @@ def wait_for(is_there: Callable[[], bool], process: subprocess.Popen[str]) -> No
 
 
 def last_saved(out: Path) -> int:
-    """By names alone: old checkpoints are removed meanwhile."""
+    """Returns the step of the newest checkpoint by names alone: old ones are removed meanwhile."""
     names = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 

@@ -22,10 +22,10 @@ from longcat_video_fft.training.optimizer import (
     LowPrecisionAdamW,
     build_optimizer,
     lr_scale,
-    parameter_groups,
     round_stochastically,
     set_lr,
 )
+from longcat_video_fft.training.parallel import parameter_groups
 from tests.longcat_video_fft.support.spawn import spawn
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def keyed_lowbias32(x: int, key: int) -> int:
 
 
 def fit(optimizer_name: str, *, lr: float, num_steps: int) -> tuple[float, float]:
-    """(first loss, last loss) of a linear regression whose weights need many small updates."""
+    """Returns (first loss, last loss) of a linear regression whose weights need many small
+    updates."""
     torch.manual_seed(0)
     inputs = torch.randn(256, 32)
     target = inputs @ (torch.randn(32, 16) + 1.0)
@@ -95,7 +96,7 @@ def test_fp32_is_torchs_adamw() -> None:
 @pytest.mark.parametrize("optimizer_name", LOW)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_low_precision_steps_are_adamws(optimizer_name: str, weight_decay: float) -> None:
-    """Large weights and a large lr, so that bf16 holds the result: the formula, decay included."""
+    """Weights and lr are large, so that bf16 holds the result: the formula, decay included."""
     torch.manual_seed(0)
     ours = nn.Linear(64, 8, bias=False).bfloat16()
     reference = nn.Linear(64, 8, bias=False)
@@ -120,7 +121,7 @@ def test_bits_are_uniform_and_independent() -> None:
     planes = {name: (word[:, None] >> place) & 1 for name, word in words.items()}
     for plane in planes.values():
         assert (plane.double().mean(0) - 0.5).abs().max() < noise
-        for shift in (1, 2, 64, 4096):  # neighbours in a row, and rows
+        for shift in (1, 2, 64, 4096):  # neighbors in a row, and rows
             assert ((plane[shift:] == plane[:-shift]).double().mean(0) - 0.5).abs().max() < noise
         for other in (1, 4, 16):  # bits of a word
             same = (plane == plane.roll(other, 1)).double().mean(0)
@@ -191,7 +192,7 @@ def test_8bit_states_are_small() -> None:
 
 
 def test_8bit_updates_stay_bounded_where_gradients_are_small_or_stop() -> None:
-    """A tiny entry beside a large one: its second moment must not vanish before its first."""
+    """The average of squares of a tiny entry beside a large one must not vanish before its mean."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(4, 64, dtype=torch.bfloat16))
     optimizer = LowPrecisionAdamW([weight], eight_bit=True, seed=0, lr=1e-3, betas=(0.9, 0.999),
@@ -217,7 +218,7 @@ def start_and_gradients(step: int) -> list[Tensor]:
 
 
 def run_steps(optimizer_name: str, place: Any) -> tuple[list[Any], torch.optim.Optimizer]:
-    """Three steps; `place` shards a tensor."""
+    """Runs three steps; `place` shards a tensor."""
     params = [nn.Parameter(place(value)) for value in start_and_gradients(0)]
     config = TrainConfig(optimizer=optimizer_name, learning_rate=1e-2)
     optimizer = build_optimizer(parameter_groups(nn.ParameterList(params), config), config)
@@ -278,7 +279,7 @@ def test_where_a_large_parameter_is_cut_does_not_matter(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", *LOW])
-def test_a_loaded_optimizer_goes_on_bitwise(optimizer_name: str) -> None:
+def test_a_loaded_optimizer_continues_bitwise(optimizer_name: str) -> None:
     def gradients(step: int) -> Tensor:
         return torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).to(dtype)
 
@@ -316,7 +317,7 @@ class Work(TorchDispatchMode):
 
 
 def test_speed_is_sane() -> None:
-    """The hash and the rounding in plain PyTorch: some ten times a fused fp32 step, not 1000.
+    """The hash and the rounding in plain PyTorch take some ten times a fused fp32 step, not 1000.
 
     That is some 110 values a weight, in operations on many weights each.
     """
@@ -368,7 +369,7 @@ def test_schedules() -> None:
 def test_the_gpu_updates_as_the_cpu_does(
     optimizer_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiled kernel, for parameters there and for offloaded ones, against plain PyTorch."""
+    """The compiled kernel, for parameters there and for offloaded ones, does as plain PyTorch."""
     on_gpu = results(optimizer_name, lambda value: value.cuda())
     offloaded = results(optimizer_name, lambda value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -376,6 +377,6 @@ def test_the_gpu_updates_as_the_cpu_does(
     for there, streamed, here in zip(on_gpu, offloaded, expected, strict=True):
         for name, value in here.items():
             assert torch.equal(there[name].cpu(), streamed[name])
-            # A product and a sum in one instruction may round otherwise, and then up for down.
+            # A multiply-add in one instruction may round otherwise, and then up for down.
             torch.testing.assert_close(streamed[name], value, rtol=0.13, atol=1e-3)
             assert (streamed[name] != value).double().mean() < 0.1 or name.endswith("_scale")
