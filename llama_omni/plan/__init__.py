@@ -1,1 +1,1 @@
-"""Memory, disk and time, before anything is loaded."""
+"""Predicts memory, disk and time, before anything is loaded."""

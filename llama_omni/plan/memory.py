@@ -1,238 +1,210 @@
-"""Predicts the peak of a GPU's memory from sizes alone; `__main__.py` prints it.
+"""Predicts the peak of a GPU's memory from sizes alone.
 
-A training step has a few moments at which memory can be highest. For each one, what is alive then
-is counted from the code that allocates it; the largest is the peak, to be compared with
-`torch.cuda.max_memory_allocated`. Weights and all that goes with them are in `weights.py`;
-here are activations (what autograd saves in transformers' Llama layers and in Whisper's blocks) and
-losses (what PyTorch's cross-entropy and CTC keep).
+A training step has a few phases in which memory can be highest. What is alive in each is counted
+from the code that allocates it, without a fitted constant; the largest sum is the peak, to be
+compared with `torch.cuda.max_memory_allocated`:
+
+- weights, gradients and states by the dtypes of `training/parallel.py` and `training/optimizer.py`;
+- FSDP2 gathers a unit's weights in the compute dtype, one more unit ahead on several GPUs, copies
+  its gradients to a flat float32 input and reduces them into a float32 output. Its root unit (all
+  that is in no layer) stays gathered from the forward until it is reduced, last of all;
+- activations are what autograd saves in transformers' Llama layers and in Whisper's blocks, losses
+  what PyTorch's cross-entropy and CTC keep.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_omni.options.config import parse_decoder_shape
-from llama_omni.plan.weights import FP32, Part, Run, millions
+from llama_omni.model.sizes import count_parameters
+from llama_omni.plan.inputs import batch_size
 
 if TYPE_CHECKING:
+    from llama_omni.dataset.lengths import Lengths
+    from llama_omni.model.sizes import ModelSizes
     from llama_omni.options.config import TrainConfig
-    from llama_omni.plan.sizes import Lengths, ModelSizes
 
-Moments = dict[str, list[Part]]
+FP32 = 4
+STATE_BYTES = {"fp32_master": 8, "bf16_stochastic": 4, "8bit": 2}
+ZERO_BUCKET = 500_000_000  # elements, DeepSpeed's default reduce_bucket_size
+ZERO3_LIVE = 1_000_000_000  # elements, stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a GPU holds at the moment of its peak, and the sums at the other moments."""
+    """Names the phase in which a GPU holds most, and the bytes of what it holds then."""
 
-    strategy: str
-    moment: str
-    parts: tuple[Part, ...]
-    moments: dict[str, int]
+    phase: str
+    parts: dict[str, int]
 
     @property
     def peak(self) -> int:
-        """Bytes allocated, without allocator slack and CUDA context."""
-        return sum(part.num_bytes for part in self.parts)
-
-    def __getitem__(self, name: str) -> int:
-        """Bytes of the part of that name at the peak; 0 when it is not alive then."""
-        return sum(part.num_bytes for part in self.parts if part.name == name)
+        """Returns the bytes allocated, without allocator slack and CUDA context."""
+        return sum(self.parts.values())
 
 
-def predict_memory(
-    config: TrainConfig, model_sizes: ModelSizes, lengths: Lengths, world_size: int
-) -> Memory:
-    """The peak on one of `world_size` GPUs, from the second step on (states exist by then)."""
-    run = Run(config, model_sizes, lengths, world_size)
-    moments = stage1_moments(run) if config.stage == 1 else stage2_moments(run)
-    sums = {name: sum(part.num_bytes for part in parts) for name, parts in moments.items()}
-    highest = max(sums, key=lambda name: sums[name])
-    parts = tuple(part for part in moments[highest] if part.num_bytes)
-    return Memory(run.strategy, highest, parts, sums)
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Activations of a stack of equal layers for one micro-batch, in bytes a layer."""
-
-    saved: int  # for its backward
-    boundary: int  # its input
-    gradients: int  # in its backward: of the output, and two more of the feed-forward width than
-    # are freed by then, in the backward of gate times up
-    is_recomputed: bool
-    text: str
-
-    def kept(self, alive: int) -> Part:
-        """What `alive` layers hold, none of them recomputed yet."""
-        text = f"{self.text} x {alive} layers"
-        if self.is_recomputed:
-            return Part("layer inputs", alive * self.boundary, text)
-        return Part("layer activations", alive * self.saved, text)
-
-    def in_backward(self) -> Part:
-        """What one layer holds beside that."""
-        if self.is_recomputed:
-            size = self.saved + self.gradients
-            return Part("one layer recomputed", size, "its activations and gradients")
-        return Part("gradients of activations", self.gradients, "output, 2 x feed-forward")
-
-
-def layer_activations(
-    run: Run, *, width: int, q: int, kv: int, ffn: int, residual: int, is_trained: bool, lora: int
-) -> int:
-    """Bytes a token that autograd saves in one Llama layer of transformers.
-
-    Two RMSNorms (a float32 copy; the normalised values too when their weight is trained), inputs of
-    the linears (by autocast one cast each, else shared), q, k, v and the attention's output, gate,
-    SiLU, up and their product. LoRA: dropped-out input and dropout mask of each of 7 linears.
-    """
-    compute = run.compute
-    saved = 2 * FP32 * width + compute * (2 * q + 2 * kv + 3 * ffn)
-    if is_trained:
-        saved += 2 * residual * width + compute * (ffn + (5 if run.is_autocast else 2) * width)
-    if lora:
-        inputs = 5 * width + q + ffn
-        saved += (compute + (run.config.lora_dropout > 0)) * inputs + 7 * compute * lora
-    return saved
-
-
-def language_model_layers(run: Run) -> Layers:
-    config, sizes = run.config, run.sizes
-    is_whole = config.trains_backbone
-    # A float32 embedding table makes the residual stream float32 under autocast.
-    residual = FP32 if run.is_autocast and is_whole else run.compute
-    saved = run.tokens * layer_activations(
-        run,
-        width=sizes.hidden_size,
-        q=sizes.num_attention_heads * sizes.head_dim,
-        kv=sizes.num_key_value_heads * sizes.head_dim,
-        ffn=sizes.intermediate_size,
-        residual=residual,
-        is_trained=is_whole,
-        lora=config.lora_r * config.lora_enable,
-    )
-    boundary = run.tokens * sizes.hidden_size * residual
-    gradients = 2 * run.compute * run.tokens * sizes.intermediate_size + boundary
-    text = f"{run.largest.sequences} x {run.largest.tokens} tokens x {sizes.hidden_size}"
-    return Layers(saved, boundary, gradients, config.gradient_checkpointing, text)
-
-
-def stage1_moments(run: Run) -> Moments:
-    """What is alive at the moments of a stage-1 step that can be the highest."""
-    sizes, compute = run.sizes, run.compute
-    count = sizes.num_hidden_layers
-    layers = language_model_layers(run)
-    head = sizes.embedding * run.config.trains_backbone
-    layer = sizes.llama_layer + run.lora
-    encoder = encoder_activations(run)
-    # The last norm keeps its input in float32 and the normalised values.
-    norm = Part("last norm", layers.boundary + FP32 * run.tokens * sizes.hidden_size, layers.text)
-    logits = run.largest.answer_tokens * sizes.vocab_size
-    loss = Part("logits and cross-entropy", 12 * logits,
-                f"{run.largest.answer_tokens} answer tokens x {sizes.vocab_size} x 12 B "
-                "(log-softmax and two gradients, float32)")  # fmt: skip
-    own = compute * run.layer_trained if run.is_fsdp or run.is_autocast else 0
-    backward = [
-        *run.gathered(layer), encoder, layers.in_backward(),
-        Part("head's gradient", compute * head * run.is_fsdp, "before its reduction"),
-        Part("layer's own gradients or casts", own, millions(run.layer_trained)),
-    ]  # fmt: skip
-    done = head * (not run.is_fsdp) + (count - 1) * run.layer_trained
-    moments = {
-        "speech encoder": [*run.lasting(0), *run.gathered(), encoder_working(run)],
-        "loss": [*run.lasting(0), *run.gathered(), encoder, layers.kept(count), norm, loss],
-        "backward of the last layer": [
-            *run.lasting(head * (not run.is_fsdp)), *backward, layers.kept(count),
-        ],
-        "backward of the first layer": [
-            *run.lasting(done), *backward, layers.kept(1),
-            Part("previous layer's reduction input", FP32 * run.layer_trained * run.is_fsdp,
-                 "float32"),
-        ],
+def predict_memory(config: TrainConfig, sizes: ModelSizes, lengths: Lengths, gpus: int) -> Memory:
+    """Predicts the peak on one of `gpus` GPUs, from the second step on (states exist by then)."""
+    run = _Run(config, sizes, lengths, gpus)
+    fsdp, c, layer = run.is_fsdp, run.compute, run.layer_trained
+    all_layers = {"kept for backward": run.depth * run.kept}
+    at_loss = run.persistent(0) | run.encoder | run.gathered() | all_layers
+    phases = {name: at_loss | parts for name, parts in run.losses().items()}
+    backward = run.encoder | run.gathered(run.layer) | {
+        "a layer in its backward": run.in_backward,
+        "its gradients or casts": c * layer * (fsdp or run.is_autocast),
+        "root unit's gradients": c * run.after * fsdp,
     }  # fmt: skip
-    if run.is_autocast:
-        moments["end of forward"] = [
-            *run.lasting(0), encoder, layers.kept(count), norm,
-            Part("autocast's bf16 weights", compute * run.trained, millions(run.trained)),
-            Part("logits and cross-entropy", 8 * logits, "logits and log-softmax, float32"),
-        ]  # fmt: skip
-    return {**moments, **run.root_reduction(), **run.optimizer_step()}
+    done = run.after * (not fsdp)
+    phases["backward of the last layer"] = run.persistent(done) | backward | all_layers
+    last = {"kept for backward": run.kept, "reduction of the layer before": FP32 * layer * fsdp}
+    done += (run.depth - 1) * layer
+    phases["backward of the first layer"] = run.persistent(done) | backward | last
+    root = run.root_trained * fsdp
+    cast = run.master if run.master < FP32 else 0
+    phases["reduction of the root unit's gradients"] = run.persistent(run.trained - root) | {
+        "reduction input": FP32 * root,
+        "reduction output": max((FP32 + cast) * root // gpus, c * root),
+    }
+    phases["optimizer step"] = run.persistent(run.trained)
+    highest = max(phases, key=lambda name: sum(phases[name].values()))
+    return Memory(highest, {name: size for name, size in phases[highest].items() if size})
 
 
-def encoder_activations(run: Run) -> Part:
-    """What the backward needs of the encoder (if trained) and the projector."""
-    width = run.sizes.speech_encoder_hidden_size
-    saved = run.states * width * run.compute  # the projector's input
-    if run.config.tune_speech_encoder:
-        each = 1 if run.config.gradient_checkpointing else 16
-        saved += each * run.states * width * run.compute * run.sizes.speech_encoder_layers
-    clips = f"{run.largest.clips} clips x {run.largest.mel_frames // 2} states"
-    return Part("encoder activations", saved, clips)
+class _Run:
+    """Counts what all phases share: elements, and bytes of the largest micro-batch."""
 
+    def __init__(self, config: TrainConfig, sizes: ModelSizes, lengths: Lengths, gpus: int) -> None:
+        self.config, self.sizes, self.gpus = config, sizes, gpus
+        self.strategy = config.choose_strategy(has_gpu=True, world_size=gpus)
+        self.is_fsdp = self.strategy == "fsdp2"
+        self.compute = 2 if config.bf16 else FP32
+        self.master = FP32 if config.optimizer_precision == "fp32_master" else 2
+        # DDP computes in bf16 by autocast, which casts float32 weights as it goes.
+        self.is_autocast = self.strategy == "ddp" and self.compute < self.master
+        counts = count_parameters(config, sizes).values()
+        self.total, self.trained = (sum(part) for part in zip(*counts, strict=True))
+        self.batch = batch_size(lengths, config, is_largest=True)
+        self.longest_units = max(sample.units for sample in lengths.samples)
+        lora = sizes.lora_layer(config.lora_r) * config.lora_enable
+        is_whole = config.trains_backbone or config.stage == 2
+        # The stack of equal layers that gradients pass through, and what is trained after it.
+        if config.stage == 1:
+            self.depth, self.width = sizes.num_hidden_layers, sizes.hidden_size
+            q = sizes.num_attention_heads * sizes.head_dim
+            kv, ffn = sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
+            self.layer, self.after = sizes.llama_layer + lora, sizes.embedding * is_whole
+            self.layer_trained = lora or sizes.llama_layer * is_whole
+            self.positions = self.batch.sequences * self.batch.tokens
+        else:
+            self.depth, self.width, _, ffn = config.decoder_shape
+            q = kv = self.width
+            self.layer = self.layer_trained = sizes.generator_layer
+            self.after = sizes.generator - self.depth * self.layer
+            self.positions = self.batch.sequences * self.batch.unit_frames
+        # FSDP2's root unit: all that is in no layer.
+        blocks = sizes.speech_encoder_layers * sizes.encoder_block
+        frozen = sizes.num_hidden_layers * sizes.llama_layer * (config.stage == 2)
+        self.root = self.total - self.depth * self.layer - blocks - frozen
+        self.root_trained = self.trained - self.depth * self.layer_trained
+        self.root_trained -= blocks * config.tune_speech_encoder
+        self._set_activations(q, kv, ffn, is_whole=is_whole)
 
-def encoder_working(run: Run) -> Part:
-    """The widest point of a block: residual, norm, and 4 widths before and after GELU."""
-    size = 10 * run.states * run.sizes.speech_encoder_hidden_size * run.compute
-    return Part("encoder activations", size, f"{run.states} states x 10 widths")
+    def _set_activations(self, q: int, kv: int, ffn: int, *, is_whole: bool) -> None:
+        """Counts what a layer keeps for its backward and holds beside in it, and the encoder's.
 
+        A layer saves two RMSNorms (a float32 copy; the normalized values too when their weight is
+        trained), inputs of the linears (by autocast one cast each, else shared), q, k, v and the
+        attention's output, gate, SiLU, up and their product. LoRA: dropped-out input and dropout
+        mask of each of 7 linears, and what is between its two matrices.
+        """
+        c, width, config = self.compute, self.width, self.config
+        has_fp32_input = config.stage == 1 and self.is_autocast and is_whole  # the token table's
+        self.residual = FP32 if has_fp32_input else c
+        saved = 2 * FP32 * width + c * (2 * q + 2 * kv + 3 * ffn)
+        if is_whole:
+            saved += 2 * self.residual * width + c * (ffn + (5 if self.is_autocast else 2) * width)
+        if config.lora_enable:
+            saved += (c + (config.lora_dropout > 0)) * (5 * width + q + ffn) + 7 * c * config.lora_r
+        # In the backward of gate times up: two more of the feed-forward width than are freed by
+        # then, and the gradient of the layer's output.
+        gradients = 2 * c * ffn + self.residual * width
+        recomputes = config.gradient_checkpointing
+        self.kept = self.positions * (self.residual * width if recomputes else saved)
+        self.in_backward = self.positions * (gradients + saved * recomputes)
+        # Stage 1's backward needs the projector's input, and the encoder's own if it is trained.
+        blocks = self.sizes.speech_encoder_layers * config.tune_speech_encoder
+        saved = self.sizes.speech_encoder_hidden_size * (1 + blocks * (1 if recomputes else 16))
+        states = self.batch.clips * (self.batch.mel_frames // 2) * (config.stage == 1)
+        self.encoder = {"encoder activations": c * states * saved}
 
-def generator_layers(run: Run) -> Layers:
-    _, width, _, ffn = parse_decoder_shape(run.sizes.ctc_decoder_config)
-    frames, compute = run.frames, run.compute
-    a_frame = layer_activations(
-        run, width=width, q=width, kv=width, ffn=ffn, residual=compute, is_trained=True, lora=0
-    )
-    boundary = frames * width * compute
-    gradients = 2 * compute * frames * ffn + boundary
-    text = f"{run.largest.sequences} x {run.largest.unit_frames} frames x {width}"
-    is_recomputed = run.config.gradient_checkpointing
-    return Layers(frames * a_frame, boundary, gradients, is_recomputed, text)
+    def persistent(self, done: int) -> dict[str, int]:
+        """Counts what is held all the time, with the gradients of `done` parameters, or of all
+        where they accumulate over micro-batches."""
+        if self.strategy == "deepspeed":
+            return self._zero()
+        count = self.trained if self.config.grad_accum_steps(self.gpus) > 1 else done
+        shards = self.gpus if self.is_fsdp else 1
+        state = STATE_BYTES[self.config.optimizer_precision]
+        has_buckets = self.strategy == "ddp" and self.gpus > 1
+        return {
+            "trained weights": self.master * self.trained // shards,
+            "frozen weights": self.compute * (self.total - self.trained) // shards,
+            "gradients": self.master * count // shards,
+            "optimizer states": state * self.trained // shards,
+            "DDP's copy of gradients": self.master * self.trained * has_buckets,
+        }
 
+    def _zero(self) -> dict[str, int]:
+        """Counts ZeRO's by DeepSpeed's paper and documented defaults; not measured here."""
+        path = Path(str(self.config.deepspeed))
+        try:
+            section = json.loads(path.read_text("utf-8")).get("zero_optimization", {})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable DeepSpeed JSON file ({error}).") from None
+        stage, c = section.get("stage", 2), self.compute
+        on_gpu = section.get("offload_optimizer", {}).get("device", "none") == "none"
+        return {
+            "weights": c * self.total // (self.gpus if stage == 3 else 1),
+            "gradients": c * self.trained // (self.gpus if stage >= 2 else 1),
+            "master weights and states": on_gpu * 12 * self.trained // self.gpus,
+            "gradients in float32": on_gpu * FP32 * self.trained // self.gpus,
+            "gathered weights": c * min(self.total, ZERO3_LIVE) * (stage == 3),
+            "reduce buckets": 2 * c * ZERO_BUCKET,
+        }
 
-def stage2_moments(run: Run) -> Moments:
-    """What is alive at the moments of a stage-2 step that can be the highest."""
-    sizes, compute = run.sizes, run.compute
-    count = parse_decoder_shape(sizes.ctc_decoder_config)[0]
-    layers, unit = generator_layers(run), sizes.generator_layer
-    ends = sizes.generator - count * unit
-    output = Part("last layer's output", layers.boundary, layers.text)
-    classes = run.frames * (sizes.unit_vocab_size + 1)
-    lattice = FP32 * run.frames * (2 * run.longest_units + 1)
-    hidden = run.tokens * sizes.hidden_size
-    one_layer = hidden * (2 * compute + FP32) + 3 * compute * run.tokens * sizes.intermediate_size
+    def gathered(self, layer: int = 0) -> dict[str, int]:
+        """Counts FSDP2's whole weights of the root unit, of a layer, and of the next one."""
+        layers = layer * (2 if self.gpus > 1 else 1)
+        sizes = {"gathered root unit": self.root, "gathered layers": layers}
+        return {name: self.compute * size * self.is_fsdp for name, size in sizes.items()}
 
-    def casts(number: int) -> Part:
-        size = compute * number * run.is_autocast
-        return Part("autocast's bf16 weights", size, f"{millions(number)} x {compute} B")
+    def losses(self) -> dict[str, dict[str, int]]:
+        """Counts what is alive at the loss beside the layers' activations, phase by phase.
 
-    own = Part("layer's own gradients", compute * unit * run.is_fsdp, millions(unit))
-    backward = [*run.gathered(unit), casts(unit), own, layers.in_backward()]
-    moments = {
-        "forward of the language model": [
-            *run.lasting(0), *run.gathered(sizes.llama_layer),
-            Part("language model's activations", one_layer, "one layer, nothing saved"),
-        ],
-        "end of forward": [
-            *run.lasting(0), *run.gathered(), casts(sizes.generator), layers.kept(count), output,
-            Part("language model's states", hidden * (compute + FP32 * run.is_autocast),
-                 f"{run.tokens} tokens"),
-            Part("CTC log-probabilities", classes * (compute + 8), "logits, log-softmax"),
-            Part("CTC lattice", lattice, "alpha: 2 x units + 1 a frame, float32"),
-        ],
-        "CTC backward": [
-            *run.lasting(0), *run.gathered(), layers.kept(count), output,
-            casts(ends if layers.is_recomputed else sizes.generator),
-            Part("CTC log-probabilities", 8 * classes, "8 B a class, with gradient"),
-            Part("CTC lattice", max(2 * lattice, FP32 * classes),
-                 "alpha and beta: 2 x units + 1 a frame, float32"),
-        ],
-        "backward of the last generator layer": [
-            *run.lasting(ends), *backward, layers.kept(count),
-        ],
-        "backward of the first generator layer": [
-            *run.lasting(sizes.generator), *backward, layers.kept(1),
-        ],
-    }  # fmt: skip
-    return {**moments, **run.root_reduction(), **run.optimizer_step()}
+        Text: the last norm (its float32 input and the normalized values), logits, log-softmax and
+        two gradients in float32; by autocast, also before these gradients. Units, in the backward
+        of CTC: log-probabilities, and the lattice of alpha and beta, two units and one a frame.
+        """
+        c, hidden = self.compute, self.positions * self.width
+        if self.config.stage == 1:
+            logits = self.batch.answer_tokens * self.sizes.vocab_size
+            norm = {"last norm": hidden * (self.residual + FP32)}
+            phases = {"loss": norm | {"logits and cross-entropy": 12 * logits}}
+            if self.is_autocast:
+                casts = {"autocast's bf16 weights": c * self.trained}
+                phases["end of forward"] = norm | casts | {"logits and cross-entropy": 8 * logits}
+            return phases
+        classes = self.positions * (self.sizes.unit_vocab_size + 1)
+        lattice = FP32 * self.positions * (2 * self.longest_units + 1)
+        casts = self.after if self.config.gradient_checkpointing else self.sizes.generator
+        parts = {
+            "last layer's output": c * hidden,
+            "autocast's bf16 weights": c * casts * self.is_autocast,
+            "CTC log-probabilities": 8 * classes,
+            "CTC lattice": max(2 * lattice, FP32 * classes),
+        }
+        return {"CTC backward": parts}

@@ -1,4 +1,4 @@
-"""The plan's lengths, sizes and text, and what it says to mistakes. Memory: test_plan_memory.py."""
+"""Tests the plan's lengths, sizes, text and errors; test_plan_memory.py tests its memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from llama_omni.dataset.lengths import SampleLength, read_lengths
+from llama_omni.model.sizes import load_sizes
 from llama_omni.options.config import load_config
 from llama_omni.plan import __main__ as plan
 from llama_omni.plan.__main__ import main
-from llama_omni.plan.lengths import read_lengths
-from llama_omni.plan.sizes import SampleLength, expected_longest, load_sizes
+from llama_omni.plan.inputs import batch_size, expected_longest
 
 FOLDER = Path(plan.__file__).parents[1]
 CONFIGS = {stage: str(FOLDER / f"configs/stage{stage}_config.json") for stage in (1, 2)}
@@ -53,7 +54,7 @@ def test_lengths_of_a_dataset(tmp_path: Path) -> None:
         SampleLength((2.0,), 61 + 11, 11, 291),
         SampleLength((4.0,), 61 + 11, 11, 3),
     )
-    size = lengths.batch(config_of(2), is_largest=True)
+    size = batch_size(lengths, config_of(2), is_largest=True)
     assert (size.clips, size.mel_frames, size.tokens) == (8, 400, 61 + 11 + 40)
     assert size.unit_frames == 291
 
@@ -87,39 +88,64 @@ def test_command_is_quick_and_light(stages: tuple[int, ...], tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     for stage in stages:
         assert f"Stage {stage} on h200x1: global batch 32 = 8 a device" in result.stdout
-    for word in ("predicted peak", "Disk (GB)", "samples/s", "GPU-hours", "24 GB card"):
-        assert result.stdout.count(word) == len(stages)
+    for part in ("predicted peak", "Disk (GB)", "samples/s", "GPU-hours", "Settings that"):
+        assert result.stdout.count(part) == len(stages)
 
 
-def test_what_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([CONFIGS[1], "--machine", "rtx3090x1"]) == 0
+def settings(text: str) -> list[tuple[float, float, str]]:
+    """(GiB needed, hours, options) of the other settings of a report."""
+    lines = text.split("Settings that")[1].splitlines()[1:]
+    found = [line.split(maxsplit=2) for line in lines if line.strip() not in ("", "none")]
+    return [(float(gib), float(hours), options) for gib, hours, options in found]
+
+
+def test_what_does_not_fit_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status says so, with what fits: on a 24 GB card LoRA alone, or more cards."""
+    assert main([CONFIGS[1], "--machine", "rtx3090x1"]) == 1
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text
-    remedies = text.split("What to change")[1].split("One 24 GB card")[0].splitlines()[1:]
-    fitting = [line for line in remedies if line.endswith("  fits")]
-    assert any("--lora_enable true" in line for line in fitting)
-    assert not any("8bit" in line for line in fitting)
+    fitting = settings(text)
+    assert all(gib <= 23.6 for gib, _, _ in fitting)
+    assert fitting[0][2].startswith("--lora_enable true")
+    assert all("--lora_enable true" in changes or "8 GPUs" in changes for _, _, changes in fitting)
     assert main([CONFIGS[1], "--machine", "h200x1"]) == 0
     assert "DOES NOT FIT" not in capsys.readouterr().out
+    assert main(["--machine", "rtx4090x1", "--optimizer_precision", "8bit"]) == 1
+
+
+def test_settings_that_use_the_machine_better(capsys: pytest.CaptureFixture[str]) -> None:
+    """Larger batches, no recomputation, lower precision; each fits, and its plan is as listed."""
+    assert main([CONFIGS[1], "--machine", "h200x1"]) == 0
+    text = capsys.readouterr().out
+    hours = float(text.split(" steps: ")[1].split(" h")[0])
+    better = settings(text)
+    assert "--per_device_train_batch_size 32" in better[0][2]
+    assert any("bf16_stochastic --gradient_checkpointing false" in line for _, _, line in better)
+    assert [hours, *(h for _, h, _ in better)] == sorted({hours, *(h for _, h, _ in better)})[::-1]
+    for gib, faster, changes in better:
+        assert main([CONFIGS[1], "--machine", "h200x1", *changes.split()]) == 0
+        text = capsys.readouterr().out
+        assert float(text.split("  needed ")[1].split()[0]) == pytest.approx(gib, abs=0.06)
+        assert f" {faster:.1f} h, " in text
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([CONFIGS[1], "--machine", "h20x1"], "Did you mean 'h200x1'"),
         ([CONFIGS[1], "--machine", "rtx3091x2"], "Did you mean 'rtx3090x2'"),
         ([CONFIGS[1], "--machine", "h200"], "Did you mean 'h200x1'"),
-        ([CONFIGS[1], "--machine"], "--machine needs a value"),
+        ([CONFIGS[1], "--machine"], "--machine: expected one argument"),
         ([CONFIGS[1], "--model_name_or_path", "meta-llama/Llama-3.1-8b"], "Llama-3.1-8B'"),
         ([CONFIGS[1], "--learning_rat", "1"], "Did you mean 'learning_rate'"),
-        ([CONFIGS[1], "--optimizer_precision", "bf16"], "is refused"),
+        ([CONFIGS[1], "--optimizer_precision", "bf16"], "is unsupported"),
         ([CONFIGS[1], "--machine", "h200x3"], "global_batch_size=32 is not a multiple"),
         ([CONFIGS[1], "--data", "not/there.jsonl"], "not/there.jsonl"),
         (["configs/none.json"], "no such config file"),
     ],
 )
-def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
     assert message in capsys.readouterr().err
 
 
@@ -127,6 +153,6 @@ def test_without_a_config_both_shipped_stages_are_planned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["--machine", "h200x1"]) == 0
-    said = capsys.readouterr().out
-    assert "Stage 1 on h200x1" in said
-    assert "Stage 2 on h200x1" in said
+    output = capsys.readouterr().out
+    assert "Stage 1 on h200x1" in output
+    assert "Stage 2 on h200x1" in output

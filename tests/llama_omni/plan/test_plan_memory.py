@@ -15,24 +15,21 @@ from transformers import LlamaConfig
 
 from llama_omni import stage1_trainer, stage2_trainer
 from llama_omni.dataset.batch import IGNORE_INDEX, SPEECH_TOKEN_INDEX, Batch
+from llama_omni.dataset.lengths import Lengths, SampleLength
 from llama_omni.model import speech_encoder, speech_projector
 from llama_omni.model.omni import OmniSpeech2SLlamaForCausalLM, build_model_config
-from llama_omni.options.config import load_config
-from llama_omni.plan import __main__ as plan
-from llama_omni.plan.memory import predict_memory
-from llama_omni.plan.sizes import (
-    GIB,
+from llama_omni.model.sizes import (
     INNER_SIZE,
     MAX_STATES,
-    Lengths,
     ModelSizes,
-    SampleLength,
+    count_parameters,
     load_sizes,
-    parse_machine,
 )
-from llama_omni.plan.weights import CHUNK, count_parameters
+from llama_omni.options.config import load_config
+from llama_omni.plan import __main__ as plan
+from llama_omni.plan.inputs import GIB, batch_size, parse_machine
+from llama_omni.plan.memory import predict_memory
 from llama_omni.train import enable_checkpointing
-from llama_omni.training import optimizer
 from llama_omni.training.distributed import init_processes
 from llama_omni.training.loop import train_step
 from llama_omni.training.parallel import TorchEngine
@@ -70,7 +67,7 @@ def tiny_config(stage: int, *options: str):
 
 
 def build(config) -> tuple[Any, Any]:
-    """The real model of SIZES on the meta device, and its stage's module."""
+    """Builds the real model of SIZES on the meta device, and its stage's module."""
     names = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "vocab_size",
@@ -114,7 +111,7 @@ def test_counts_equal_the_models(stage: int, options: tuple[str, ...]) -> None:
 
 
 def test_counts_equal_the_measured_run() -> None:
-    """The log of the real run: 8030.3M, 637.0M and 21.5M; the decoder 425.6M by the paper."""
+    """The log of the real run says 8030.3M, 637.0M and 21.5M; the decoder 425.6M by the paper."""
     config = config_of(1)
     sizes = load_sizes(config)
     assert sizes.language_model == 8_030_261_248
@@ -126,7 +123,6 @@ def test_counts_equal_the_measured_run() -> None:
 def test_constants_are_the_codes() -> None:
     assert INNER_SIZE == speech_projector.INNER_SIZE
     assert MAX_STATES == speech_encoder.MAX_STATES
-    assert CHUNK == optimizer.CHUNK
 
 
 @pytest.fixture
@@ -163,12 +159,12 @@ def test_peak_equals_the_counted_one(
         enable_checkpointing(model)
 
     @torch.no_grad()
-    def fill(wrapped) -> None:
+    def init(wrapped) -> None:
         for param in wrapped.parameters():
             getattr(param, "_local_tensor", param).normal_(0, 0.02)
 
     engine = TorchEngine(
-        model, config, torch.device("cpu"), strategy=config.parallel, fill=fill,
+        model, config, torch.device("cpu"), strategy=config.parallel, load_weights=init,
         groups=lambda wrapped: module.parameter_groups(wrapped, config),
     )  # fmt: skip
     model.train()
@@ -191,15 +187,38 @@ def test_peak_equals_the_counted_one(
     assert predicted == pytest.approx(tracker.peak, rel=tolerance)
 
 
-def measured_lengths() -> Lengths:
-    """Those of measure_gpu.py (tests/benchmarks): 62 prompt tokens, 81 +- 20 of an answer."""
+def measured_lengths(tokens: float = 81.4, *, units: float = 7) -> Lengths:
+    """Returns those of measure_gpu.py (tests/benchmarks): 62 prompt tokens, and `tokens` of an
+    answer, each of `units`. Its answers had 81 +- 20 tokens at first, later 41 +- 10."""
     rng = random.Random(0)
     samples = []
     for _ in range(1280):
-        answer = max(11, round(rng.gauss(81.4, 19.6)))
+        answer = max(6, round(rng.gauss(tokens, tokens / 4)))
         clip = min(15.0, max(2.0, rng.gauss(7.5, 2.5)))
-        samples.append(SampleLength((clip,), 62 + answer, answer, answer * 7))
+        samples.append(SampleLength((clip,), 62 + answer, answer, round(answer * units)))
     return Lengths(tuple(samples), 1280, "measure_gpu")
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "tokens", "gib"),
+    [
+        (1, ("32", "fp32_master"), 41, 125.2),
+        (1, ("8", "fp32_master"), 81.4, 129.2),
+        (1, ("32", "bf16_stochastic"), 81.4, 69.3),
+        (1, ("8", "fp32_master", "--lora_enable", "true"), 81.4, 23.0),
+        (2, ("32", "fp32_master"), 41, 36.3),
+        (2, ("8", "fp32_master"), 41, 26.3),
+    ],
+)
+def test_measured_peaks(stage: int, options: tuple[str, ...], tokens: float, gib: float) -> None:
+    """Predicts every row of the table in MEASUREMENTS.md."""
+    size, precision, *more = options
+    config = config_of(
+        stage, "--per_device_train_batch_size", size, "--optimizer_precision", precision, *more
+    )
+    lengths = measured_lengths(tokens, units=13.5 if stage == 2 else 7)
+    memory = predict_memory(config, load_sizes(config), lengths, 1)
+    assert memory.peak / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_measured_run() -> None:
@@ -208,9 +227,9 @@ def test_measured_run() -> None:
     sizes = load_sizes(config)
     memory = predict_memory(config, sizes, measured_lengths(), 1)
     assert memory.peak / GIB == pytest.approx(129.2, rel=0.01)
-    expected = measured_lengths().batch(config, is_largest=False)
+    expected = batch_size(measured_lengths(), config, is_largest=False)
     assert expected.tokens == pytest.approx(264, rel=0.02)
-    text = plan.time_lines(plan.Plan(config, sizes, measured_lengths(), parse_machine("h200x1")))
+    text = plan.describe(plan.Plan(config, sizes, measured_lengths(), parse_machine("h200x1")))
     rate = float(text.split(" samples/s")[0].rsplit(" ", 1)[1])
     assert rate == pytest.approx(15.46, rel=0.03)
 
@@ -223,9 +242,9 @@ def test_peak_by_hand() -> None:
     root = 2 * 128256 * 4096 + 4096 + 21_501_952
     assert sizes.projector == 21_501_952
     trained = sizes.language_model + sizes.projector
-    assert memory.moment == "reduction of the root unit's gradients"
-    assert memory["optimizer states"] == 8 * trained
-    assert memory["reduction input"] == 4 * root
+    assert memory.phase == "reduction of the root unit's gradients"
+    assert memory.parts["optimizer states"] == 8 * trained
+    assert memory.parts["reduction input"] == 4 * root
     assert memory.peak == 16 * trained + 2 * sizes.encoder + 8 * root
 
 
@@ -234,10 +253,10 @@ def test_logits_and_layer_inputs_by_hand() -> None:
     config = tiny_config(1, "--lora_enable", "true", "--per_device_train_batch_size", "8")
     sizes = replace(SIZES, vocab_size=60000)
     memory = predict_memory(config, sizes, FIXED, 1)
-    assert memory.moment == "loss"
-    assert memory["logits and cross-entropy"] == 12 * 8 * 18 * 60000
-    assert memory["layer inputs"] == 4 * 8 * 100 * 256 * 2
-    assert memory["gradients"] == 0  # one micro-batch a step: none exist yet
+    assert memory.phase == "loss"
+    assert memory.parts["logits and cross-entropy"] == 12 * 8 * 18 * 60000
+    assert memory.parts["kept for backward"] == 4 * 8 * 100 * 256 * 2
+    assert memory.parts.get("gradients", 0) == 0  # one micro-batch a step: none exist yet
 
 
 def test_memory_is_monotonic() -> None:
@@ -275,7 +294,7 @@ def test_zero_shards(file: str) -> None:
     config = config_of(1, "--deepspeed", str(FOLDER / "configs" / file))
     sizes = load_sizes(config)
     one, four = (predict_memory(config, sizes, Lengths.paper(), gpus) for gpus in (1, 4))
-    assert one.strategy == "deepspeed"
-    assert four["master weights and states"] * 4 == one["master weights and states"]
-    is_sharded = four["weights"] * 4 == one["weights"]
+    assert config.choose_strategy(has_gpu=True, world_size=1) == "deepspeed"
+    assert four.parts["master weights and states"] * 4 == one.parts["master weights and states"]
+    is_sharded = four.parts["weights"] * 4 == one.parts["weights"]
     assert is_sharded == ("zero3" in file)
