@@ -1,1 +1,1 @@
-"""LLaMA-Omni training: Whisper encoder, speech projector, Llama, CTC speech generator."""
+"""Trains LLaMA-Omni: Whisper encoder, speech projector, Llama, CTC speech generator."""

@@ -1,4 +1,4 @@
-"""From a dataset to batches: prompt, labels, mel frames and target units, right-padded.
+"""Makes batches of a dataset: prompt, labels, mel frames and target units, right-padded.
 
 Place in the data flow: dataset file -> records (dataset/records.py), checked (dataset/check.py) ->
 samples -> batches (dataset/batch.py; training/loop.py). Units are extracted first
@@ -27,7 +27,8 @@ from llama_omni.dataset.prompt import tokenize_conversation
 from llama_omni.dataset.records import BadRecord, Record, read_records
 from llama_omni.dataset.sampler import FILLER
 from llama_omni.dataset.units import prepare_units
-from llama_omni.speech.audio import compute_mel, load_audio, num_speech_tokens
+from llama_omni.speech.audio import load_audio
+from llama_omni.speech.whisper_mel import compute_mel, num_speech_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ def build_dataset(
         tokenizer,
         feature_extractor=features,
         ds_rate=config.speech_encoder_ds_rate,
-        labelled="all" if config.stage == 1 else "last",
+        labeled="all" if config.stage == 1 else "last",
         units=units,
         pad_audio_to_30s=config.pad_audio_to_30s,
         max_length=config.model_max_length,
@@ -71,7 +72,7 @@ def build_dataset(
 
 
 def _scan_once(config: TrainConfig, records: list[Record], tokenizer: Any) -> list[BadRecord]:
-    """Bad records by audio headers and token counts; one process looks and tells the others."""
+    """Returns the bad records by audio headers and token counts; one process scans for all."""
     found: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         found[0] = scan_records(
@@ -93,14 +94,14 @@ def _scan_once(config: TrainConfig, records: list[Record], tokenizer: Any) -> li
 def drop_bad(
     config: TrainConfig, path: str, records: list[Record], bad: list[BadRecord]
 ) -> list[Record]:
-    """The records that are not bad; stops when some are, unless told to skip them."""
+    """Returns the records that are not bad; ValueError when some are, but by `skip_bad_records`."""
     for record in bad[:SHOWN_BAD_RECORDS]:
         logger.warning("bad record %s", record)
     if len(bad) > SHOWN_BAD_RECORDS:
         logger.warning("... and %d more", len(bad) - SHOWN_BAD_RECORDS)
     if bad and not config.skip_bad_records:
         raise ValueError(
-            f"{path}: {len(bad)} bad record(s), first {bad[0]}. Mend them (`python -m "
+            f"{path}: {len(bad)} bad record(s), first {bad[0]}. Fix them (`python -m "
             f"llama_omni.data_utils check {path}` lists all), or give --skip_bad_records."
         )
     bad_places = {(b.source, b.line) for b in bad}
@@ -114,7 +115,7 @@ def drop_bad(
 
 @dataclass
 class Sample:
-    """One conversation up to some answer. `tgt_units` is None in stage 1."""
+    """Holds a conversation up to some answer; `tgt_units` is None in stage 1."""
 
     input_ids: list[int]  # (T,)
     labels: list[int]  # (T,)
@@ -125,7 +126,7 @@ class Sample:
 class SpeechInstructionDataset(Dataset[Sample]):
     """Samples of either stage; an item depends on its index alone, so order can be resumed.
 
-    labelled="all" (stage 1): a sample is a record, and all its answers are learned. "last" (stage
+    labeled="all" (stage 1): a sample is a record, and all its answers are learned. "last" (stage
     2): a record of n turns makes n samples, turns 1..k with the labels and units of turn k, since
     the speech generator speaks one answer. Index -1 is a filler, sample 0 with nothing to learn,
     for the last batch of an epoch.
@@ -142,18 +143,18 @@ class SpeechInstructionDataset(Dataset[Sample]):
         *,
         feature_extractor: Any,
         ds_rate: int = 5,
-        labelled: Literal["all", "last"] = "all",
+        labeled: Literal["all", "last"] = "all",
         units: Mapping[str, Sequence[int]] | None = None,
         pad_audio_to_30s: bool = False,
         max_length: int = 2048,
     ) -> None:
-        if units is not None and labelled != "last":
-            raise ValueError("units belong to one answer: they need labelled='last'")
+        if units is not None and labeled != "last":
+            raise ValueError("units belong to one answer: they need labeled='last'")
         self.records = records
         self.tokenizer = tokenizer
         self.feature_extractor = feature_extractor
         self.ds_rate = ds_rate
-        self.labelled: Literal["all", "last"] = labelled
+        self.labeled: Literal["all", "last"] = labeled
         self.units = units
         self.pad_audio_to_30s = pad_audio_to_30s
         self.max_length = max_length
@@ -162,7 +163,7 @@ class SpeechInstructionDataset(Dataset[Sample]):
             (index, num_turns)
             for index, record in enumerate(records)
             for num_turns in range(
-                1 if labelled == "last" else len(record.turns), len(record.turns) + 1
+                1 if labeled == "last" else len(record.turns), len(record.turns) + 1
             )
         ]
         for index, num_turns in self.samples if units is not None else ():
@@ -190,7 +191,7 @@ class SpeechInstructionDataset(Dataset[Sample]):
             turns,
             [num_speech_tokens(mel.shape[1], ds_rate=self.ds_rate) for mel in mels],
             self.tokenizer,
-            labelled=self.labelled,
+            labeled=self.labeled,
         )
         if len(input_ids) > self.max_length:
             raise ValueError(
@@ -239,9 +240,9 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int) -> Batch:
     )
 
 
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(rows, longest row) int64."""
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+def _pad(sequences: list[list[int]], value: int) -> torch.Tensor:
+    """Returns (number of sequences, longest) int64."""
+    tensors = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 

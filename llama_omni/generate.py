@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py` an
 import torch
 from transformers import AutoTokenizer
 
+from llama_omni.dataset.check import MAX_SECONDS
 from llama_omni.inference.answering import (
     CHUNK_SIZE,
     MAX_NEW_TOKENS,
@@ -45,7 +46,8 @@ from llama_omni.model.loading import (
 )
 from llama_omni.model.omni import OmniSpeech2SConfig, OmniSpeech2SLlamaForCausalLM
 from llama_omni.options.hub import resolve_artifact
-from llama_omni.speech.audio import audio_duration, load_audio, load_feature_extractor, save_audio
+from llama_omni.speech.audio import audio_duration, load_audio, save_audio
+from llama_omni.speech.whisper_mel import load_feature_extractor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,11 +57,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llama_omni.generate")
 
-MAX_SECONDS = 30.0  # Whisper has positions for no more
-
 
 def read_omni_config(folder: Path) -> tuple[OmniSpeech2SConfig, CheckpointReader]:
-    """The config, completed from the weights, and their reader; reads no weight yet.
+    """Reads the config, completed from the weights, and opens their reader; loads no weight yet.
 
     `speech_generator_type` is None where there is no speech generator (stage 1).
 
@@ -69,8 +69,8 @@ def read_omni_config(folder: Path) -> tuple[OmniSpeech2SConfig, CheckpointReader
     config = read_llama_config(folder)
     if not isinstance(config, OmniSpeech2SConfig):
         raise ValueError(
-            f"{folder}: a plain {config.model_type} model, which cannot hear. Give OUT/final_model "
-            "of a training run, or a released LLaMA-Omni checkpoint."
+            f"{folder}: a plain {config.model_type} model, without a speech encoder. Give "
+            "OUT/final_model of a training run, or a released LLaMA-Omni checkpoint."
         )
     reader = CheckpointReader(folder)
     for name, size in encoder_shape(reader, "model.speech_encoder.").items():
@@ -103,7 +103,7 @@ def load_omni_model(folder: Path, *, device: torch.device | str, dtype: torch.dt
 
 
 def choose_voice(folder: Path, args: argparse.Namespace, device: torch.device) -> Voice | None:
-    """The vocoder, else the embedded voice of the k-means; None for text alone. Needs no model yet.
+    """Returns the vocoder, else the embedded voice of the k-means, or None for text alone.
 
     Raises:
         ValueError: there is neither, it speaks other units, or the model cannot speak at all.
@@ -136,7 +136,7 @@ def choose_voice(folder: Path, args: argparse.Namespace, device: torch.device) -
 
 
 def find_kmeans(folder: Path, args: argparse.Namespace) -> Path | None:
-    """--kmeans, else what training left beside the model, else None."""
+    """Returns --kmeans, else what training left beside the model, else None."""
     if args.kmeans:
         return resolve_artifact(args.kmeans, field="--kmeans")
     beside = folder / "kmeans.safetensors"
@@ -166,7 +166,7 @@ def answer_path(question: Path, output_dir: Path) -> Path:
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Automatically the first GPU in bf16, else the CPU in float32.
+    """Chooses for "auto" the first GPU in bf16, else the CPU in float32.
 
     Raises:
         ValueError: a GPU is asked for and there is none.
@@ -181,7 +181,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `generate.py` and `evaluate.py` have in common."""
+    """Adds the options that `generate.py` and `evaluate.py` have in common."""
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--vocoder", help="unit HiFi-GAN: folder or hub id")
     parser.add_argument("--kmeans", help="default: MODEL/kmeans.safetensors")
@@ -243,12 +243,12 @@ def run(args: argparse.Namespace) -> None:
                 chunk_size=args.chunk_size,
                 max_new_tokens=args.max_new_tokens,
             )
-            said = join_parts(omni, show(parts))
+            reply = join_parts(omni, show(parts))
             sys.stdout.write("\n")
         else:
-            said = answer(omni, waveform, voice=voice, max_new_tokens=args.max_new_tokens)
-            sys.stdout.write(f"{said.text}\n")
-        write_answer(said, path, args.output_dir, voice)
+            reply = answer(omni, waveform, voice=voice, max_new_tokens=args.max_new_tokens)
+            sys.stdout.write(f"{reply.text}\n")
+        write_answer(reply, path, args.output_dir, voice)
 
 
 def show(parts: Iterator[AnswerPart]) -> Iterator[AnswerPart]:
@@ -259,29 +259,29 @@ def show(parts: Iterator[AnswerPart]) -> Iterator[AnswerPart]:
         yield part
 
 
-def write_answer(said: Answer, question: Path, output_dir: Path, voice: Voice | None) -> None:
+def write_answer(reply: Answer, question: Path, output_dir: Path, voice: Voice | None) -> None:
     output = answer_path(question, output_dir)
     report = {
         "question": str(question),
-        "text": said.text,
-        "is_finished": said.is_finished,
-        "units": said.units,
-        "first_audio_seconds": said.first_audio_seconds,
+        "text": reply.text,
+        "is_finished": reply.is_finished,
+        "units": reply.units,
+        "first_audio_seconds": reply.first_audio_seconds,
     }
     output.with_suffix(".json").write_text(
         json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    if not said.is_finished:
+    if not reply.is_finished:
         logger.warning("%s: the answer was cut at --max_new_tokens", question)
     if voice is None:
         return
-    if said.waveform is None:
-        logger.warning("%s: the speech generator said blanks alone; there is no speech", question)
+    if reply.waveform is None:
+        logger.warning("%s: the speech generator gave blanks alone; there is no speech", question)
         return
-    save_audio(output, said.waveform, sample_rate=voice.sample_rate)
-    latency = said.first_audio_seconds
-    heard = "" if latency is None else f", first audio after {1000 * latency:.0f} ms"
-    sys.stdout.write(f"{output}: {len(said.waveform) / voice.sample_rate:.1f} s{heard}\n")
+    save_audio(output, reply.waveform, sample_rate=voice.sample_rate)
+    latency = reply.first_audio_seconds
+    delay = "" if latency is None else f", first audio after {1000 * latency:.0f} ms"
+    sys.stdout.write(f"{output}: {len(reply.waveform) / voice.sample_rate:.1f} s{delay}\n")
 
 
 if __name__ == "__main__":

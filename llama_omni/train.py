@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_logging(*, is_main: bool) -> None:
-    """The main process reports; the others speak up only when something is wrong."""
+    """Sets up the log: the main process reports all, the others errors alone."""
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -70,7 +70,7 @@ def start_logging(*, is_main: bool) -> None:
 
 
 def run(config: TrainConfig, device: torch.device) -> None:
-    """One run, in the order data flows; every process calls it."""
+    """Runs one stage, in the order data flows; every process calls it."""
     import torch
     import torch.distributed as dist
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -79,7 +79,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
     from llama_omni.data_utils import build_dataset, collate
     from llama_omni.dataset.prompt import pad_token_id
     from llama_omni.model.loading import load_weights, save_released
-    from llama_omni.speech.audio import load_feature_extractor
+    from llama_omni.speech.whisper_mel import load_feature_extractor
     from llama_omni.training.checkpoint import check_disk, find_checkpoint, load_checkpoint
     from llama_omni.training.distributed import is_main_process
     from llama_omni.training.loop import train
@@ -118,7 +118,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
         config,
         device,
         strategy=strategy,
-        fill=lambda m: load_weights(m, readers, seed=config.seed),
+        load_weights=lambda m: load_weights(m, readers, seed=config.seed),
         groups=lambda m: stage.parameter_groups(m, config),
     )
     log_parameters(model)
@@ -128,7 +128,15 @@ def run(config: TrainConfig, device: torch.device) -> None:
     start_step = load_checkpoint(engine, checkpoint) if checkpoint else 0
     if checkpoint:
         logger.info("resumed from %s", checkpoint)
-    tracker = Tracker(config, output_dir, is_main=is_main_process(), start_step=start_step)
+    tracker = Tracker(
+        config.report_to,
+        output_dir,
+        project="llama-omni",
+        name=config.run_name or output_dir.name,
+        tensorboard_dir=output_dir / "tensorboard",
+        is_main=is_main_process(),
+        start_step=start_step,
+    )
     engine.module.train()
     try:
         with logging_redirect_tqdm():
@@ -161,7 +169,7 @@ def run(config: TrainConfig, device: torch.device) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a model; ValueError where there is none."""
+    """Loads the tokenizer beside a model; ValueError where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -176,7 +184,7 @@ def load_tokenizer(folder: Path) -> Any:
 def build_engine(
     model: Any, config: TrainConfig, device: torch.device, *, strategy: str, **build: Any
 ) -> Any:
-    """The engine that the strategy names; `build` holds its `fill` and `groups`."""
+    """Builds the engine of the strategy; `build` holds its `load_weights` and `groups`."""
     if strategy == "deepspeed":
         from llama_omni.training.deepspeed_engine import DeepSpeedEngine
 
@@ -193,7 +201,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def log_parameters(model: Any) -> None:
-    """How many parameters each part has and how many of them are trained."""
+    """Logs how many parameters each part has and how many of them are trained."""
     counts: dict[str, list[int]] = {}
     for name, param in model.named_parameters():
         part = next((p for p in SPEECH_PARTS if p in name), "language model")
@@ -207,7 +215,7 @@ def log_parameters(model: Any) -> None:
 
 
 def num_elements(param: Any) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 keeps a part."""
+    """Counts the elements of the whole parameter, also where ZeRO-3 keeps a part."""
     return getattr(param, "ds_numel", param.numel())
 
 

@@ -1,13 +1,13 @@
-"""Speech -> discrete units, the targets of stage 2: an offline step before training.
+"""Makes discrete units of speech, the targets of stage 2: an offline step before training.
 
     python -m llama_omni.units fit DATA OUT.safetensors --num_units 100
     python -m llama_omni.units extract DATA --kmeans_model_path K --cache_dir DIR [--hubert H]
     python -m llama_omni.units convert IN.bin OUT.safetensors
 
 `fit` makes the embedded log-mel units from the answers' speech of DATA (a dataset file or folder);
-`extract` writes the units of those answers to a cache, which stage 2 reads: it goes on where it
+`extract` writes the units of those answers to a cache, which stage 2 reads: it continues where it
 was stopped, and takes several processes. `speech/quantizer.py` makes the units, `speech/kmeans.py`
-the centres, the cache is `speech/unit_cache.py`'s.
+the centroids, the cache is `speech/unit_cache.py`'s.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger("llama_omni.units")
 
 
 def read_answer_paths(data_path: Path) -> list[Path]:
-    """Speech files of all answers of a dataset; bad records are logged and left out.
+    """Lists the speech files of all answers of a dataset; bad records are logged and left out.
 
     Raises:
         ValueError: no answer has speech.
@@ -52,7 +52,7 @@ def read_answer_paths(data_path: Path) -> list[Path]:
 
 
 def _extract_share(args: argparse.Namespace, paths: list[Path], rank: int) -> None:
-    """One process of `extract`."""
+    """Runs one process of `extract`."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     device = args.device
     if device == "cuda":
@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace) -> str:
     kmeans = read_kmeans(args.source)
     save_kmeans(args.out, kmeans)
     count, width = kmeans.centroids.shape
-    return f"{count} centres, {width} wide, over {kmeans.features}, in {args.out}"
+    return f"{count} centroids, {width} wide, over {kmeans.features}, in {args.out}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""From dataset files to batches."""
+"""Turns dataset files into batches."""

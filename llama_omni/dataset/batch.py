@@ -1,4 +1,4 @@
-"""Samples padded to one batch, and the two ids that are no token.
+"""Holds samples padded to one batch, and the two ids that are no token.
 
 Place in the data flow: samples -> batches (data_utils.py) -> model (model/omni.py). It imports no
 torch, so that dataset/prompt.py and with it the plan start at once.

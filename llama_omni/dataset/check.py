@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from llama_omni.dataset.prompt import AFTER_SPEECH, BEFORE_SPEECH, SYSTEM_PROMPT
 from llama_omni.dataset.records import BadRecord, Record, find_dataset_file, read_records
-from llama_omni.speech.audio import audio_duration, num_mel_frames, num_speech_tokens, read_mono
+from llama_omni.speech.audio import audio_duration, read_mono
+from llama_omni.speech.whisper_mel import num_mel_frames, num_speech_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from llama_omni.dataset.record_formats import Turn
 
 SAMPLE_RATE = 16000
 MAX_SECONDS = 30.0  # Whisper has positions for no more
@@ -46,7 +45,7 @@ def scan_records(
     pad_audio_to_30s: bool = False,
     show_progress: bool = True,
 ) -> list[BadRecord]:
-    """What is wrong with the records, in their order; one entry a record and severity.
+    """Returns what is wrong with the records, in their order: one entry a record and severity.
 
     Questions: unreadable, zero-length, over 30 s, under one speech token. Answers' speech, where
     units will be extracted from it: unreadable, zero-length. Text (with a tokenizer): over
@@ -89,9 +88,9 @@ def scan_records(
 def check_units(
     units: Sequence[int], frames: int, *, unit_vocab_size: int
 ) -> tuple[str | None, bool]:
-    """(what is wrong or None, whether it stays wrong when `frames` are stretched to the units).
+    """Returns (what is wrong or None, whether it stays so when `frames` stretch to the units).
 
-    A CTC path needs a frame for each unit, and one for a blank between equal neighbours.
+    A CTC path needs a frame for each unit, and one for a blank between equal neighbors.
     """
     if max(units) >= unit_vocab_size:
         return f"unit {max(units)} is outside unit_vocab_size={unit_vocab_size}", True
@@ -99,7 +98,7 @@ def check_units(
     needed = len(units) + repeats
     if needed <= frames:
         return None, False
-    counted = f"{len(units)} units" + (f" with {repeats} equal neighbours" if repeats else "")
+    counted = f"{len(units)} units" + (f" with {repeats} equal neighbors" if repeats else "")
     text = f"CTC-infeasible: {counted} need {needed} frames, its text gives {frames}"
     return text, needed > max(frames, len(units))
 
@@ -107,7 +106,7 @@ def check_units(
 def _scan_audio(
     records: Sequence[Record], *, stage: int | None, decode: bool, show_progress: bool
 ) -> Iterator[tuple[list[str], list[float]]]:
-    """(problems, seconds of each question) of each record. Threads: libsndfile frees the GIL."""
+    """Yields (problems, seconds of each question) of each record; libsndfile frees the GIL."""
     starts = range(0, len(records), RECORDS_A_TASK)
     tasks = [records[start : start + RECORDS_A_TASK] for start in starts]
 
@@ -137,17 +136,14 @@ def _scan_record(
             problems.append(
                 f"{turn.speech_path}: {length:.1f} s is too long, Whisper takes {MAX_SECONDS:g} s"
             )
-        if turn.answer_speech_path is not None and _reads_answer(turn, stage):
+        is_read = stage is None or (stage == 2 and turn.tgt_units is None)
+        if turn.answer_speech_path is not None and is_read:
             _measure(turn.answer_speech_path, problems, decode=decode)
     return problems, seconds
 
 
-def _reads_answer(turn: Turn, stage: int | None) -> bool:
-    return stage is None or (stage == 2 and turn.tgt_units is None)
-
-
 def _measure(path: Path, problems: list[str], *, decode: bool) -> float:
-    """Seconds; 0.0 with a line added to `problems` when the file cannot be used."""
+    """Returns seconds, or 0.0 with a line added to `problems` when the file cannot be used."""
     try:
         length = audio_duration(path)
         if length == 0:
@@ -166,7 +162,7 @@ def _measure(path: Path, problems: list[str], *, decode: bool) -> float:
 def _count_text_tokens(
     records: Sequence[Record], tokenizer: Any
 ) -> Iterator[tuple[int, list[int]]]:
-    """(prompt tokens, tokens of each answer with its <|eot_id|>) of each record; without a
+    """Yields (prompt tokens, tokens of each answer with its <|eot_id|>) of each record; without a
     tokenizer, 0 and the upper bound of one token a byte."""
     system = question = 0
     if tokenizer is not None:
@@ -187,7 +183,7 @@ def _count_text_tokens(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The `check` command; 0 when every record is usable, 1 when not, 2 when nothing was read."""
+    """Returns 0 when every record is usable, 1 when not, 2 when nothing was read."""
     args = _parse_args(argv)
     try:
         tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else None

@@ -1,9 +1,9 @@
-"""The official prompt of LLaMA-Omni as token ids, with labels on the answers.
+"""Builds the official prompt of LLaMA-Omni as token ids, with labels on the answers.
 
 Place in the data flow: the text side of data_utils.py and generate.py.
 
 Template `llama_3` of ictnlp/LLaMA-Omni (omni_speech/conversation.py). As there, the text on each
-side of a speech placeholder is tokenised on its own. Unlike there, <|begin_of_text|> stands once
+side of a speech placeholder is tokenized on its own. Unlike there, <|begin_of_text|> stands once
 (the released preprocessing writes it and lets the tokenizer add another), and there may be several
 turns. The transcript of a question is never in the prompt: the model has to listen.
 """
@@ -39,9 +39,9 @@ def tokenize_conversation(
     num_speech_tokens: Sequence[int],
     tokenizer: Any,
     *,
-    labelled: Literal["all", "last"],
+    labeled: Literal["all", "last"],
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of whole turns, each answer closed by <|eot_id|>.
+    """Returns (input_ids, labels) of whole turns, each answer closed by <|eot_id|>.
 
     Turn i's speech is SPEECH_TOKEN_INDEX, `num_speech_tokens[i]` times. Labels are the answers'
     own ids, <|eot_id|> included, of all turns or of the last; IGNORE_INDEX everywhere else.
@@ -51,28 +51,28 @@ def tokenize_conversation(
     for index, (turn, num_speech) in enumerate(zip(turns, num_speech_tokens, strict=True)):
         prompt = _question_ids(num_speech, tokenizer, is_first=index == 0)
         answer = answer_ids(turn.answer, tokenizer)
-        is_labelled = labelled == "all" or index == len(turns) - 1
+        is_labeled = labeled == "all" or index == len(turns) - 1
         input_ids += prompt + answer
         labels += [IGNORE_INDEX] * len(prompt)
-        labels += answer if is_labelled else [IGNORE_INDEX] * len(answer)
+        labels += answer if is_labeled else [IGNORE_INDEX] * len(answer)
     return input_ids, labels
 
 
 def tokenize_prompt(
     history: Sequence[Turn], num_speech_tokens: Sequence[int], tokenizer: Any
 ) -> list[int]:
-    """Prompt ids up to where the next answer begins: `history` turns, then one open question.
+    """Returns the prompt ids up to the next answer: `history` turns, then one open question.
 
     `num_speech_tokens` has one entry more than `history`. The ids are a prefix of what
     `tokenize_conversation` gives for the same turns with the answer.
     """
     *earlier, last = num_speech_tokens
-    input_ids, _ = tokenize_conversation(history, earlier, tokenizer, labelled="all")
+    input_ids, _ = tokenize_conversation(history, earlier, tokenizer, labeled="all")
     return input_ids + _question_ids(last, tokenizer, is_first=not history)
 
 
 def answer_ids(answer: str, tokenizer: Any) -> list[int]:
-    """Ids of one answer and its <|eot_id|>. Markup inside the answer stays plain text."""
+    """Returns the ids of an answer and its <|eot_id|>; markup in the answer stays plain text."""
     text = answer.strip()
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return [*ids, special_token_id(EOT_TOKEN, tokenizer)]
@@ -88,7 +88,7 @@ def _question_ids(num_speech: int, tokenizer: Any, *, is_first: bool) -> list[in
 
 
 def special_token_id(token: str, tokenizer: Any) -> int:
-    """Id of a special token; ValueError when the tokenizer has no such token."""
+    """Returns the id of a special token; ValueError when the tokenizer has no such token."""
     token_id = _find_token(token, tokenizer)
     if token_id is None:
         raise ValueError(
@@ -99,7 +99,7 @@ def special_token_id(token: str, tokenizer: Any) -> int:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Id of <|finetune_right_pad_id|> (128004 in Llama 3.1), else of the tokenizer's `pad_token`.
+    """Returns the id of <|finetune_right_pad_id|> (128004 in Llama 3.1), else of `pad_token`.
 
     Raises ValueError when there is neither, or when `pad_token` is a token that conversations
     hold: padding with <|eot_id|> hides it, and the model never learns to stop.

@@ -1,6 +1,6 @@
 """Turns one decoded JSON record of any known format into `Turn`s (records.py reads the files).
 
-Formats, told apart by looking at the record:
+Formats, recognized by looking at the record:
 
     {"speech_instruction_path", "text_instruction", "text_response", "speech_response_path"}
     {"conversation": [{"from", "speech", "text", "unit"}, ...]}       InstructS2S-200K, 1..n turns
@@ -53,10 +53,10 @@ class Turn:
 def parse_turns(
     item: Any, root: Path, *, questions: dict[str, str], notes: Counter[str]
 ) -> tuple[Turn, ...]:
-    """The turns of one record. Relative paths are joined to `root`.
+    """Returns the turns of one record. Relative paths are joined to `root`.
 
     `questions` gives the speech path by question id for answer records, `notes` counts what is
-    worth telling about the file as a whole. Raises ValueError with the reason.
+    worth reporting about the file as a whole. Raises ValueError with the reason.
     """
     if isinstance(item, list):
         return _parse_conversation(item, {}, root, notes)
@@ -85,25 +85,25 @@ def parse_turns(
 
 
 def parse_units(units: str | Sequence[int]) -> list[int]:
-    """Unit ids of "849 761", "<849><761>" or [849, 761]; ValueError on anything else."""
+    """Returns the unit ids of "849 761", "<849><761>" or [849, 761]; ValueError on others."""
     if not isinstance(units, str):
         if not isinstance(units, (list, tuple)):
             raise ValueError(f"units are a text or a list of numbers, not {type(units).__name__}")
         units = " ".join(map(str, units))
-    words = units.replace("<", " ").replace(">", " ").split()
+    numbers = units.replace("<", " ").replace(">", " ").split()
     try:
-        return [UNIT_IDS[word] for word in words]
+        return [UNIT_IDS[number] for number in numbers]
     except KeyError:
-        for word in words:
-            if not (word.isascii() and word.isdigit() and len(word) < 10):
-                raise ValueError(f"unit {word[:20]!r} is not a number from 0 up") from None
-        return [int(word) for word in words]
+        for number in numbers:
+            if not (number.isascii() and number.isdigit() and len(number) < 10):
+                raise ValueError(f"unit {number[:20]!r} is not a number from 0 up") from None
+        return [int(number) for number in numbers]
 
 
 def _parse_conversation(
     turns: Any, item: dict[str, Any], root: Path, notes: Counter[str]
 ) -> tuple[Turn, ...]:
-    """Turns that alternate human, gpt; `item` holds what the official json gives beside them."""
+    """Parses turns that alternate human, gpt; `item` is what the official json gives beside."""
     if not isinstance(turns, list) or not turns:
         raise ValueError("a conversation is a list of turns, and not an empty one")
     for number, turn in enumerate(turns, 1):
@@ -136,7 +136,7 @@ def _parse_pair(
 
 
 def _question_text(turn: dict[str, Any], notes: Counter[str]) -> str:
-    """The transcript. What follows a `<speech>` mark is an instruction instead."""
+    """Returns the transcript; what follows a `<speech>` mark is an instruction instead."""
     text = _text(turn, "text" if "text" in turn else "value")
     if "<speech>" not in text:
         return text

@@ -38,7 +38,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """Why a record cannot be used; with `is_warning`, why it trains less well than it could."""
+    """Says why a record cannot be used; with `is_warning`, why it trains less well."""
 
     source: Path
     line: int
@@ -52,7 +52,7 @@ class BadRecord:
 def read_records(
     data_path: Path, *, needs_units: bool | None = False, unit_vocab_size: int = 1000
 ) -> tuple[list[Record], list[BadRecord]]:
-    """Good and bad records of a .jsonl or .json file, or of a folder that holds one.
+    """Returns good and bad records of a .jsonl or .json file, or of a folder that holds one.
 
     `needs_units` (stage 2): each answer must have units below `unit_vocab_size`, or speech to
     extract them from. Units with an id beyond that are CosyVoice2 tokens (InstructS2S-200K's
@@ -85,7 +85,7 @@ def read_records(
 
 
 def find_dataset_file(data_path: Path) -> Path:
-    """The dataset file that `data_path` names, or the one in that folder (see CANONICAL_NAMES)."""
+    """Returns the dataset file that `data_path` names, or the one in that folder."""
     if data_path.is_file():
         if data_path.suffix.lower() not in (".json", ".jsonl"):
             raise ValueError(f"data_path={data_path}: a dataset is a .jsonl or .json file")
@@ -105,8 +105,8 @@ def find_dataset_file(data_path: Path) -> Path:
 
 
 def _read_items(source: Path) -> Iterator[tuple[int, Any]]:
-    """(line or item number, decoded JSON) of each record; a line that is not JSON comes as the
-    ValueError it gave. Whether the file is JSON Lines is told by its content, not its suffix."""
+    """Yields (line or item number, decoded JSON) of each record; a line that is not JSON comes as
+    the ValueError it gave. The content, not the suffix, decides whether the file is JSON Lines."""
     with source.open("rb") as file:
         lines = ((line, text) for line, text in enumerate(file, 1) if text.strip())
         head = list(islice(lines, 2))
@@ -209,7 +209,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _read_question_paths(path: Path) -> dict[str, str]:
-    """Speech path by question id, from the question.json that an answers file belongs to."""
+    """Returns speech paths by question id, from the question.json beside an answers file."""
     whole = _decode(path.read_bytes()) if path.is_file() else []
     items = whole if isinstance(whole, list) else []
     return {

@@ -1,4 +1,4 @@
-"""Which samples make up each micro-batch: a pure function of (seed, position).
+"""Chooses the samples of each micro-batch by a pure function of (seed, position).
 
 So training resumes exactly at any step, on any number of processes: the data position is the
 global step.
@@ -28,7 +28,7 @@ def epoch_order(num_samples: int, *, epoch: int, seed: int) -> list[int]:
 
 
 class MicroBatches:
-    """A DataLoader's batch_sampler: this process's micro-batches from `start_step` to `stop_step`.
+    """Yields this process's micro-batches from `start_step` to `stop_step` to a DataLoader.
 
     A global batch is cut the same way for any process count: accumulation step, then process,
     then sample.

@@ -1,4 +1,4 @@
-"""Target units of a dataset's answers, extracted by all processes before stage 2 trains on them.
+"""Extracts target units of a dataset's answers on all processes, before stage 2 trains on them.
 
 Place in the data flow: records (records.py) -> units by answer -> samples (data_utils.py).
 speech/quantizer.py extracts them, speech/unit_cache.py keeps them for the next run.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def prepare_units(
     config: TrainConfig, records: list[Record], output_dir: Path, device: torch.device
 ) -> dict[str, list[int]]:
-    """Units of every answer that has none in its record, extracted by all processes and cached.
+    """Returns units of every answer without any in its record, extracted by all processes, cached.
 
     Raises:
         ValueError: the k-means has another number of units than `unit_vocab_size`.

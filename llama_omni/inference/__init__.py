@@ -1,1 +1,1 @@
-"""Asking a trained model."""
+"""Asks a trained model, and measures its answers."""

@@ -1,4 +1,4 @@
-"""From a spoken question to text, units and waveform, whole or while the text is being made.
+"""Answers a spoken question in text, units and waveform, whole or while the text is being made.
 
 Place in the data flow: generate.py and evaluate.py call it; speech/audio.py and dataset/prompt.py
 make the input, model/omni.py the states, model/speech_generator.py the units, speech/vocoder.py the
@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from llama_omni.dataset.prompt import EOT_TOKEN, special_token_id, tokenize_prompt
 from llama_omni.model.speech_generator import SpeechGeneratorCTC, collapse_path
-from llama_omni.speech.audio import compute_mel, load_audio, num_speech_tokens
+from llama_omni.speech.audio import load_audio
+from llama_omni.speech.whisper_mel import compute_mel, num_speech_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ NO_GENERATOR = (
 
 
 class Omni(NamedTuple):
-    """A model in evaluation mode with what turns speech and text into its input."""
+    """Holds a model in evaluation mode with what turns speech and text into its input."""
 
     model: OmniSpeech2SLlamaForCausalLM
     tokenizer: Any
@@ -50,7 +51,7 @@ class Omni(NamedTuple):
 
     @property
     def stop_ids(self) -> set[int]:
-        """<|eot_id|> and what else the config names as an end."""
+        """Returns the id of <|eot_id|> and what else the config names as an end."""
         named = self.model.config.eos_token_id
         named = named if isinstance(named, list) else [named]
         return {special_token_id(EOT_TOKEN, self.tokenizer), *(i for i in named if i is not None)}
@@ -58,7 +59,7 @@ class Omni(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A whole answer."""
+    """Holds a whole answer."""
 
     text: str
     token_ids: list[int]  # the closing <|eot_id|> included
@@ -70,7 +71,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPart:
-    """What one step of a streamed answer adds; text, units and waveform may each be empty."""
+    """Holds what a step of a streamed answer adds; text, units and waveform may be empty."""
 
     text: str
     token_ids: list[int]
@@ -80,7 +81,7 @@ class AnswerPart:
 
 
 def embed_prompt(omni: Omni, waveform: Tensor, history: Sequence[Turn] = ()) -> Tensor:
-    """(1, T, H) embedded prompt: earlier turns with their answers, then the question.
+    """Embeds the prompt as (1, T, H): earlier turns with their answers, then the question.
 
     Args:
         waveform: (num_samples,) at 16 kHz, at most 30 s.
@@ -108,7 +109,7 @@ def embed_prompt(omni: Omni, waveform: Tensor, history: Sequence[Turn] = ()) -> 
 def decode_greedily(
     omni: Omni, prompt: Tensor, *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each token of the answer, <|eot_id|> included, with the state (H,) its units are made of.
+    """Yields each token of the answer, <|eot_id|> included, with the state (H,) of its units.
 
     That is the state that predicts the token, as in the official inference (for the first, the
     last state of the prompt); with `ctc_shift_states` false, the state at the token.
@@ -146,7 +147,7 @@ def answer(
     history: Sequence[Turn] = (),
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Answer:
-    """The whole answer to a question of (num_samples,) at 16 kHz; see also `embed_prompt`.
+    """Returns the whole answer to a question of (num_samples,) at 16 kHz; see `embed_prompt`.
 
     Raises:
         ValueError: a voice for a model without speech generator, or speech of a wrong length.
@@ -179,7 +180,7 @@ def answer_streaming(
     chunk_size: int = CHUNK_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Iterator[AnswerPart]:
-    """The same answer in parts, about one a token; `join_parts` puts them together.
+    """Yields the answer in parts, about one a token; `join_parts` puts them together.
 
     Whenever `chunk_size` or more units wait, the voice gets them, as in the official demo. Text,
     tokens, units and waveform are those of `answer`. Raises ValueError as `answer` does, and for a
@@ -193,7 +194,7 @@ def answer_streaming(
     added_text, token_ids, units = "", [], []  # what was made since the last part
 
     def make_chunks() -> Iterator[list[int]]:
-        """The units for the voice at each token, most often none, and at last the rest."""
+        """Yields the units for the voice at each token, most often none, and at last the rest."""
         nonlocal added_text
         waiting: list[int] = []
         prompt = embed_prompt(omni, waveform, history)
@@ -225,7 +226,7 @@ def answer_streaming(
 
 
 def join_parts(omni: Omni, parts: Iterable[AnswerPart]) -> Answer:
-    """The whole answer of a stream."""
+    """Returns the whole answer of a stream."""
     parts = list(parts)
     waveform = torch.cat([part.waveform for part in parts])
     token_ids = [token for part in parts for token in part.token_ids]
@@ -240,7 +241,7 @@ def join_parts(omni: Omni, parts: Iterable[AnswerPart]) -> Answer:
 
 
 class UnitStream:
-    """Speech units of one answer, state by state; together they are the whole answer's units.
+    """Makes the units of one answer, state by state; together they are the whole answer's.
 
     The speech generator is causal, and frame 25 m + i repeats state m, so running it state by state
     with a cache gives the very frames of `SpeechGeneratorCTC.predict`. The official code
@@ -251,10 +252,10 @@ class UnitStream:
     def __init__(self, generator: SpeechGeneratorCTC) -> None:
         self.generator = generator
         self.cache = DynamicCache()
-        self.last_frame = -1  # what the newest frame says: its repeat is no unit of its own
+        self.last_frame = -1  # unit of the newest frame: its repeat is no unit of its own
 
     def push(self, state: Tensor) -> list[int]:
-        """(H,) the next token's state -> the units that it adds, at times none."""
+        """Takes the next token's state (H,) and returns the units that it adds, at times none."""
         one = torch.ones(1, dtype=torch.int64, device=state.device)
         num_frames = one * self.generator.upsample_factor
         logits = self.generator.decode(state[None, None], one, num_frames, cache=self.cache)
@@ -265,7 +266,7 @@ class UnitStream:
 
 
 class TextStream:
-    """Text of one answer, token by token; a character cut between tokens waits for its rest."""
+    """Makes the text of one answer, token by token; a character cut in two waits for its rest."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -273,13 +274,13 @@ class TextStream:
         self.num_shown = 0  # characters given out
 
     def push(self, token: int) -> str:
-        """The text that a token adds."""
+        """Returns the text that a token adds."""
         self.token_ids.append(token)
         text = decode_text(self.tokenizer, self.token_ids)
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._show(text)
 
     def finish(self) -> str:
-        """What waited for a rest that never came."""
+        """Returns what waited for a rest that never came."""
         return self._show(decode_text(self.tokenizer, self.token_ids))
 
     def _show(self, text: str) -> str:
@@ -288,5 +289,5 @@ class TextStream:
 
 
 def decode_text(tokenizer: Any, token_ids: list[int]) -> str:
-    """The answer as text, without <|eot_id|> and its like."""
+    """Returns the answer as text, without <|eot_id|> and its like."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

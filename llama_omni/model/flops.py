@@ -1,4 +1,4 @@
-"""Model FLOPs of a batch, for the MFU in the log and the times in `plan/__main__.py`.
+"""Counts model FLOPs of a batch, for the MFU in the log and the times in `plan/__main__.py`.
 
 A multiply-add counts 2. Attention counts half of the square when causal. Forward once; a trained
 part three times (forward, gradient to inputs and to weights), a frozen part that gradients pass
@@ -8,9 +8,12 @@ through twice, and recomputed activations are not counted: they are no model FLO
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_omni.options.config import parse_decoder_shape
+
+if TYPE_CHECKING:
+    from llama_omni.options.config import TrainConfig
 
 # Dense bf16 by the vendors' datasheets.
 PEAK_FLOPS = {
@@ -28,7 +31,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What one batch holds, padding included."""
+    """Counts what one batch holds, padding included."""
 
     clips: int
     mel_frames: int  # a clip
@@ -39,7 +42,7 @@ class BatchSize:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The datasheet's peak of a device by its name; None when unknown."""
+    """Returns the datasheet's peak of a device by its name; None when unknown."""
     found = [name for name in PEAK_FLOPS if name in device_name]
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
@@ -57,7 +60,7 @@ def decoder_layer_params(config: Any) -> int:
 
 
 def forward_flops(config: Any, size: BatchSize) -> dict[str, float]:
-    """Forward FLOPs of each part of an OmniSpeech2SConfig model for one batch."""
+    """Counts the forward FLOPs of each part of an OmniSpeech2SConfig model for one batch."""
     width = config.speech_encoder_hidden_size
     states = -(-size.mel_frames // 2)
     conv = 2 * 3 * width * (config.mel_size * size.mel_frames + width * states)
@@ -90,23 +93,23 @@ def forward_flops(config: Any, size: BatchSize) -> dict[str, float]:
     return parts
 
 
-def step_flops(config: Any, size: BatchSize, *, stage: int, backbone: str, encoder: bool) -> float:
-    """FLOPs of forward and backward.
+def step_flops(model_config: Any, size: BatchSize, config: TrainConfig) -> float:
+    """Counts the FLOPs of forward and backward in a run by `config`.
 
-    `backbone`: "full", "lora" or "frozen"; gradients pass through the language model to the
-    projector in stage 1 whatever of it is trained. `encoder`: whether it is trained.
+    Gradients pass through the language model to the projector in stage 1, whatever of it is
+    trained.
     """
-    parts = forward_flops(config, size)
-    if stage == 2:
+    parts = forward_flops(model_config, size)
+    if config.stage == 2:
         return (
             parts["speech_encoder"]
             + parts["speech_projector"]
             + parts["llm"]
             + 3 * parts["speech_generator"]
         )
-    passes = 3 if backbone == "full" else 2
+    passes = 3 if config.trains_backbone else 2
     return (
-        parts["speech_encoder"] * (3 if encoder else 1)
+        parts["speech_encoder"] * (3 if config.tune_speech_encoder else 1)
         + parts["speech_projector"] * 3
         + (parts["llm"] + parts["lm_head"]) * passes
     )

@@ -1,6 +1,6 @@
-"""Weights in and out: safetensors folders -> (sharded) parameters -> a released-format folder.
+"""Loads safetensors folders into (sharded) parameters, and saves them as a released folder.
 
-A model is built on the meta device, wrapped, given memory, and only then filled: each process
+A model is built on the meta device, wrapped, given memory, and only then loaded: each process
 reads just the rows it keeps. What a checkpoint lacks (a new projector or generator, LoRA) is drawn
 from a random stream of its own name, so the values do not depend on the number of processes.
 """
@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, LlamaConfig
 
+from llama_omni.model.sharding import first_element, local
 from llama_omni.options.hub import check_free_disk
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ NEW_MODULES = ("speech_projector.", "speech_generator.", "lora_")
 
 
 def read_llama_config(folder: Path) -> LlamaConfig:
-    """Raises ValueError when the folder holds no Llama-shaped model."""
+    """Reads config.json; raises ValueError when the folder holds no Llama-shaped model."""
     try:
         base = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
 
 
 class CheckpointReader:
-    """Rows of named tensors from the safetensors files of one folder.
+    """Reads rows of named tensors from the safetensors files of one folder.
 
     Args:
         folder: holds *.safetensors, with or without an index.
@@ -84,14 +84,14 @@ class CheckpointReader:
         return tuple(file.get_slice(key).get_shape())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor; all of a scalar."""
+        """Reads the rows [start, stop) of a tensor; all of a scalar."""
         file, key = self.where[name]
         piece = file.get_slice(key)
         return piece[start:stop] if piece.get_shape() else file.get_tensor(key)
 
 
 def encoder_shape(reader: CheckpointReader, prefix: str = "") -> dict[str, int]:
-    """The sizes of a Whisper encoder, read off its weights.
+    """Returns the sizes of a Whisper encoder by its weights.
 
     Raises:
         ValueError: the folder holds no Whisper encoder.
@@ -113,7 +113,7 @@ def encoder_shape(reader: CheckpointReader, prefix: str = "") -> dict[str, int]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, readers: list[CheckpointReader], *, seed: int) -> list[str]:
-    """Fills every parameter from the first reader that has it; returns the names newly drawn.
+    """Loads every parameter from the first reader that has it; returns the names newly drawn.
 
     Raises:
         ValueError: a name that should be there is missing, a shape differs, or a value is NaN.
@@ -127,22 +127,21 @@ def load_weights(model: nn.Module, readers: list[CheckpointReader], *, seed: int
             stored = "model.embed_tokens.weight"
             reader = next((r for r in readers if stored in r), None)
         if reader is not None:
-            check_shape(stored, reader.shape(stored), tuple(param.shape), reader.folder)
-            read = reader.rows
+            check_shape(stored, reader.shape(stored), shapes[name], reader.folder)
         elif any(part in name for part in NEW_MODULES):
             new.append(name)
-            read = None
         else:
             missing.append(name)
             continue
-        local, start = local_rows(param)
-        if read is not None:
-            values = read(stored, start, start + (local.shape[0] if local.ndim else 1))
+        part = local(param)
+        start = first_element(param) // math.prod(shapes[name][1:])
+        stop = start + (len(part) if part.ndim else 1)
+        if reader is not None:
+            part.copy_(reader.rows(stored, start, stop))
         else:
             values = draw(name, shapes[name], fan_in_of(name, shapes), seed=seed)
-            values = values[start : start + local.shape[0]]
-        local.copy_(values)
-        if not torch.isfinite(local).all():
+            part.copy_(values[start:stop])
+        if not torch.isfinite(part).all():
             raise ValueError(f"{name}: the checkpoint holds NaN or infinite values.")
     if missing:
         folders = ", ".join(str(r.folder) for r in readers)
@@ -167,24 +166,14 @@ def check_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...], fol
     )
 
 
-def local_rows(param: Tensor) -> tuple[Tensor, int]:
-    """This process's part of a parameter and the row at which it begins."""
-    if not isinstance(param, DTensor):
-        return param.data, 0
-    _, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    return param.to_local(), offset[0]
-
-
 def fan_in_of(name: str, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Inputs of the linear layer that a weight or bias belongs to."""
+    """Returns the inputs of the linear layer that a weight or bias belongs to."""
     weight = name.removesuffix("bias") + "weight" if name.endswith("bias") else name
     return math.prod(shapes[weight][1:]) or 1
 
 
 def draw(name: str, shape: tuple[int, ...], fan_in: int, *, seed: int) -> Tensor:
-    """PyTorch's own start values: U(+-1/sqrt(fan_in)) for linears, 1 for norms, 0 for LoRA's B."""
+    """Draws initial values as PyTorch: U(+-1/sqrt(fan_in)), 1 for norms, 0 for LoRA's B."""
     if "layernorm" in name:
         return torch.ones(shape)
     if "lora_B" in name:
@@ -196,24 +185,23 @@ def draw(name: str, shape: tuple[int, ...], fan_in: int, *, seed: int) -> Tensor
 
 
 def export_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(released name, whole tensor on the CPU) one by one, LoRA merged. All processes take part."""
+    """Yields (released name, whole tensor on the CPU), LoRA merged. All processes take part."""
     params = dict(model.named_parameters())
     for name, param in params.items():
         if "lora_" in name:
             continue
         value = whole(param)
         if ".base_layer." in name:
-            module = model.get_submodule(name.split(".base_layer.")[0])
             prefix = name.split(".base_layer.")[0]
             low = whole(params[f"{prefix}.lora_A.default.weight"]).float()
             high = whole(params[f"{prefix}.lora_B.default.weight"]).float()
-            scaling: Any = module.scaling
+            scaling: Any = model.get_submodule(prefix).scaling
             value = (value.float() + scaling["default"] * high @ low).to(value.dtype)
         yield name.replace(".base_layer.", "."), value
 
 
 def whole(param: Tensor) -> Tensor:
-    """The full tensor on the CPU, from all processes' parts (also under DeepSpeed ZeRO-3)."""
+    """Returns the full tensor on the CPU, from all processes' parts (also under ZeRO-3)."""
     if hasattr(param, "ds_id"):
         import deepspeed
 
@@ -232,8 +220,8 @@ def save_released(
 ) -> None:
     """Writes config.json and safetensors shards under released names; all processes call it.
 
-    `companions` (tokenizer, feature extractor) are saved beside them. The folder appears whole or
-    not at all: it is written beside its place and renamed.
+    `companions` (tokenizer, feature extractor) are saved beside them. The folder is written
+    atomically: beside its place, then renamed.
     """
     partial = folder.with_name(folder.name + ".partial")
     if is_main:

@@ -1,4 +1,4 @@
-"""The losses: cross-entropy of the answers' tokens (stage 1), CTC of their units (stage 2).
+"""Computes the losses: cross-entropy of answers' tokens (stage 1), CTC of their units (stage 2).
 
 Sums over a micro-batch; training/loop.py divides them by the global count.
 
@@ -18,15 +18,15 @@ from llama_omni.dataset.batch import IGNORE_INDEX
 
 @dataclass
 class LossSums:
-    """Sums over one micro-batch, before division by the global count."""
+    """Holds sums over one micro-batch, before division by the global count."""
 
     loss: Tensor  # () differentiable, nats
-    num_correct: Tensor  # () tokens right (stage 1) or frames that say blank (stage 2)
+    num_correct: Tensor  # () tokens right (stage 1) or frames of blank (stage 2)
     num_predicted: Tensor  # () tokens (stage 1) or frames (stage 2)
 
 
 def sum_text_loss(logits: Tensor, targets: Tensor) -> LossSums:
-    """(A, V) float32 logits, (A,) tokens."""
+    """Sums the cross-entropy of (A, V) float32 logits against (A,) tokens."""
     loss = F.cross_entropy(logits, targets, reduction="sum")
     num_correct = (logits.argmax(-1) == targets).sum()
     return LossSums(loss, num_correct, torch.tensor(len(targets), device=targets.device))
@@ -35,7 +35,7 @@ def sum_text_loss(logits: Tensor, targets: Tensor) -> LossSums:
 def sum_unit_loss(
     logits: Tensor, num_frames: Tensor, tgt_units: Tensor, unit_lengths: Tensor, *, blank: int
 ) -> LossSums:
-    """(B, N, V + 1) logits, (B,) frames, (B, U) units and (B,) their numbers."""
+    """Sums CTC of (B, N, V + 1) logits of (B,) frames against (B, U) units, (B,) their numbers."""
     loss = ctc_sum(logits, num_frames, tgt_units, unit_lengths, blank=blank)
     is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
     num_blank = ((logits.argmax(-1) == blank) & is_frame).sum()
@@ -45,7 +45,7 @@ def sum_unit_loss(
 def ctc_sum(
     logits: Tensor, num_frames: Tensor, tgt_units: Tensor, unit_lengths: Tensor, *, blank: int
 ) -> Tensor:
-    """Sum of the CTC losses in float32; impossible targets add 0 and no gradient.
+    """Sums the CTC losses in float32; impossible targets add 0 and no gradient.
 
     cuDNN's CTC is switched off: it assumes that blank is 0 and did not zero impossible targets.
     """
@@ -65,9 +65,9 @@ def ctc_sum(
 def count_infeasible(
     labels: Tensor, tgt_units: Tensor, *, factor: int, stretch: bool = True
 ) -> tuple[int, int]:
-    """How many answers have (more units than frames, no CTC path, even when stretched if they are).
+    """Counts answers with (more units than frames, no CTC path, even when stretched if they are).
 
-    A path needs one frame a unit and one blank between equal neighbours.
+    A path needs one frame a unit and one blank between equal neighbors.
     """
     is_unit = tgt_units != IGNORE_INDEX
     repeats = ((tgt_units[:, 1:] == tgt_units[:, :-1]) & is_unit[:, 1:]).sum(1)

@@ -1,4 +1,4 @@
-"""The whole model: speech encoder -> projector -> Llama -> (text | speech generator).
+"""Builds the whole model: speech encoder -> projector -> Llama -> (text | speech generator).
 
 `OmniSpeech2SLlamaForCausalLM` is transformers' Llama with the speech modules hung where the
 official code has them, so parameter names equal those of released checkpoints. Its `forward` gives
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class OmniSpeech2SConfig(LlamaConfig):
-    """Llama's config plus the official speech keys and the encoder's sizes."""
+    """Adds the official speech keys and the encoder's sizes to Llama's config."""
 
     model_type = "omni_speech2s_llama"
 
 
 class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
-    """`config` is an OmniSpeech2SConfig; the generator exists when `speech_generator_type` does."""
+    """Adds the speech modules to Llama; the generator exists when `speech_generator_type` does."""
 
     config_class = OmniSpeech2SConfig  # pyright: ignore[reportAssignmentType]
 
@@ -58,7 +58,7 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
             generator.rotary_emb = LlamaRotaryEmbedding(generator.decoder_config).to(device)
 
     def encode_speech(self, speech: Tensor, speech_lengths: Tensor) -> Tensor:
-        """(S, M, F) mel, (S,) frames -> (N, H): the valid projected states, clip by clip."""
+        """Encodes (S, M, F) mel of (S,) frames as (N, H): valid projected states, clip by clip."""
         encoder: Any = self.model.speech_encoder
         states = encoder(speech.to(encoder.conv1.weight.dtype), speech_lengths)
         projector: Any = self.model.speech_projector
@@ -68,19 +68,20 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
         return projected[is_valid]
 
     def embed(self, input_ids: Tensor, speech: Tensor, speech_lengths: Tensor) -> Tensor:
-        """(B, T) ids with SPEECH_TOKEN_INDEX placeholders -> (B, T, H)."""
+        """Embeds (B, T) ids with SPEECH_TOKEN_INDEX placeholders as (B, T, H)."""
         is_speech = input_ids == SPEECH_TOKEN_INDEX
         embeds = self.model.embed_tokens(input_ids.masked_fill(is_speech, 0))
         features = self.encode_speech(speech, speech_lengths).to(embeds.dtype)
         return embeds.masked_scatter(is_speech[..., None], features)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """(B, T, H) after the last norm. Padding comes last: causal attention needs no mask."""
+        """Returns (B, T, H) after the last norm."""
         embeds = self.embed(batch.input_ids, batch.speech, batch.speech_lengths)
+        # Padding comes last: causal attention needs no mask.
         return self.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
     def forward(self, batch: Batch, task: str) -> LossSums:  # pyright: ignore
-        """`task` "text": cross-entropy of the answers (stage 1); "units": CTC (stage 2)."""
+        """Returns the loss of `task`: "text" is cross-entropy (stage 1), "units" CTC (stage 2)."""
         if task == "text":
             return self.text_loss(self.hidden_states(batch), batch.labels)
         with torch.no_grad():
@@ -89,14 +90,14 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
         return self.unit_loss(hidden_states, batch.labels, batch.tgt_units)
 
     def text_loss(self, hidden_states: Tensor, labels: Tensor) -> LossSums:
-        """Cross-entropy summed over the answers' tokens; the head runs on those positions alone."""
+        """Sums cross-entropy over the answers' tokens; the head runs on those positions alone."""
         predicts = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
         logits = self.lm_head(hidden_states[predicts]).float()  # (N, V)
         targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
         return sum_text_loss(logits, targets)
 
     def unit_loss(self, hidden_states: Tensor, labels: Tensor, tgt_units: Tensor) -> LossSums:
-        """CTC summed over the answers' units."""
+        """Sums CTC over the answers' units."""
         generator: Any = self.speech_generator
         logits, num_frames, unit_lengths = generator.frame_logits(
             hidden_states.to(generator.input_proj.weight.dtype),
@@ -111,7 +112,7 @@ class OmniSpeech2SLlamaForCausalLM(LlamaForCausalLM):
 def build_model_config(
     base: LlamaConfig, encoder_shape: dict[str, int], config: TrainConfig
 ) -> OmniSpeech2SConfig:
-    """The released config.json's keys (ICTNLP/Llama-3.1-8B-Omni) for a run.
+    """Builds a run's config with the keys of the released one (ICTNLP/Llama-3.1-8B-Omni).
 
     Args:
         base: the config of a plain Llama, or of an earlier stage.

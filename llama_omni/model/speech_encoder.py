@@ -1,4 +1,4 @@
-"""Whisper's encoder at each clip's true length: log-mel frames in, one state per 20 ms out.
+"""Runs Whisper's encoder at each clip's true length: log-mel frames in, a state per 20 ms out.
 
 First stop of the speech after the collator. Module names are openai-whisper's, which released
 LLaMA-Omni checkpoints use (`model.speech_encoder.blocks.0.attn.query.weight`); weights of a
@@ -40,7 +40,7 @@ HF_RENAMES = (
 
 
 def rename_hf_key(key: str) -> str | None:
-    """openai-whisper's encoder name of a transformers Whisper weight; None for the decoder's."""
+    """Renames a transformers Whisper weight as openai-whisper does; None for the decoder's."""
     found = re.search(r"(?:^|\.)encoder\.(.*)$", key)
     if found is None or "decoder." in key:
         return None
@@ -51,12 +51,12 @@ def rename_hf_key(key: str) -> str | None:
 
 
 def num_encoder_states(mel_frames: Tensor) -> Tensor:
-    """States that the encoder gives for a number of mel frames: ceil(F / 2)."""
+    """Counts the states that the encoder gives for a number of mel frames: ceil(F / 2)."""
     return (mel_frames + 1) // 2
 
 
 class Attention(nn.Module):
-    """Bidirectional attention; the key projection has no bias, as in Whisper."""
+    """Computes bidirectional attention; the key projection has no bias, as in Whisper."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer."""
+    """Applies attention and MLP, each after its norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """Whisper's encoder with a padding mask; `width` must be a multiple of 64."""
+    """Runs Whisper's encoder with a padding mask; `width` must be a multiple of 64."""
 
     def __init__(self, *, mel_size: int, width: int, num_layers: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class WhisperEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, mel: Tensor, mel_lengths: Tensor) -> Tensor:
-        """(S, M, F), (S,) frames -> (S, T, D); states beyond a clip's own are to be ignored."""
+        """Encodes (S, M, F) of (S,) frames as (S, T, D); ignore states beyond a clip's own."""
         in_clip = torch.arange(mel.shape[-1], device=mel.device) < mel_lengths[:, None]  # (S, F)
         x = F.gelu(self.conv1(mel)) * in_clip[:, None]  # what follows a clip reads as zeros
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (S, T, D)
@@ -112,7 +112,7 @@ class WhisperEncoder(nn.Module):
         is_valid = (
             torch.arange(x.shape[1], device=x.device) < num_encoder_states(mel_lengths)[:, None]
         )
-        mask = is_valid[:, None, None, :]  # (S, 1, 1, T): every state may look at valid ones
+        mask = is_valid[:, None, None, :]  # (S, 1, 1, T): every state may attend to valid ones
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False)

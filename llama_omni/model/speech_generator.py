@@ -1,4 +1,4 @@
-"""The speech decoder: states of the language model in, discrete speech units out, trained by CTC.
+"""Decodes states of the language model into discrete speech units; trained by CTC.
 
 Follows omni_speech/model/speech_generator/speech_generator.py of ictnlp/LLaMA-Omni and the paper's
 section 2.4 (arXiv 2409.06666): each state that predicts a token of the answer is repeated
@@ -27,7 +27,7 @@ from llama_omni.options.config import parse_decoder_shape
 
 
 def build_decoder_config(config: Any) -> LlamaConfig:
-    """The Llama config of the decoder's layers; position encoding is the language model's."""
+    """Builds the config of the decoder's layers; position encoding is the language model's."""
     layers, width, heads, ffn = parse_decoder_shape(config.ctc_decoder_config)
     rope = getattr(config, "rope_parameters", None) or {
         "rope_type": "default",
@@ -72,7 +72,7 @@ def select_states(hidden_states: Tensor, labels: Tensor, *, shift: bool) -> tupl
 
 
 def upsample_index(num_states: Tensor, num_frames: Tensor) -> Tensor:
-    """Which state each frame repeats: (B,), (B,) -> (B, N).
+    """Returns which state each frame repeats: (B,), (B,) -> (B, N).
 
     Dividing twice in float32, as the official code does, decides ties at the edges of a state.
     """
@@ -132,7 +132,7 @@ class SpeechGeneratorCTC(nn.Module):
         shift: bool = True,
         num_units: Tensor | int | None = None,
     ) -> Tensor:
-        """CTC loss in nats a unit.
+        """Returns the CTC loss in nats a unit.
 
         Args:
             hidden_states: (B, T, H) after the language model's last norm.
@@ -143,7 +143,7 @@ class SpeechGeneratorCTC(nn.Module):
                 batch's own when None.
 
         Answers with more units than frames are stretched to as many frames. One that has no path
-        even so (repeated neighbours) adds 0: `count_infeasible` tells how many.
+        even so (repeated neighbors) adds 0: `count_infeasible` counts them.
         """
         logits, num_frames, unit_lengths = self.frame_logits(
             hidden_states, labels, tgt_units, shift=shift
@@ -161,7 +161,7 @@ class SpeechGeneratorCTC(nn.Module):
         shift: bool,
         stretch: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, V + 1) logits, (B,) frames and (B,) target units of each answer.
+        """Returns (B, N, V + 1) logits, (B,) frames and (B,) target units of each answer.
 
         Without `stretch`, answers with more units than frames have no path and add 0 to the loss.
         """
@@ -180,7 +180,7 @@ class SpeechGeneratorCTC(nn.Module):
         *,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """(B, M, H) -> (B, N, V + 1). With a cache, the frames follow those decoded before."""
+        """Decodes (B, M, H) to (B, N, V + 1); with a cache, frames follow those decoded before."""
         x = self.input_proj(states)  # once a state, before it is repeated: the same, 25 times less
         index = upsample_index(num_states, num_frames)
         x = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))  # (B, N, W)
@@ -195,20 +195,20 @@ class SpeechGeneratorCTC(nn.Module):
 
     @torch.no_grad()
     def predict(self, states: Tensor) -> Tensor:
-        """The arg-max path (1, 25 M) over units and blank, of one answer's states (M, H)."""
+        """Returns the arg-max path (1, 25 M) over units and blank, of an answer's states (M, H)."""
         num_states = torch.tensor([len(states)], device=states.device)
         logits = self.decode(states[None], num_states, num_states * self.upsample_factor)
         return logits.float().argmax(-1)
 
 
 def _attention_kernels(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """In float32 on a CPU the plain kernel, which the official gradients were computed with."""
+    """Picks, in float32 on a CPU, the plain kernel that official gradients were computed with."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
 
 
 def _chunk_mask(length: int, start: int, device: torch.device) -> Tensor:
-    """(1, 1, length, start + length): causal attention of a chunk that follows `start` frames."""
-    rows = torch.arange(start, start + length, device=device)[:, None]
-    return (torch.arange(start + length, device=device) <= rows)[None, None]
+    """Returns (1, 1, length, start + length), causal, of a chunk that follows `start` frames."""
+    queries = torch.arange(start, start + length, device=device)[:, None]
+    return (torch.arange(start + length, device=device) <= queries)[None, None]

@@ -1,4 +1,4 @@
-"""Joins neighbouring encoder frames and projects them to the language model's width.
+"""Joins neighboring encoder frames and projects them to the language model's width.
 
 Second stop of the speech after `speech_encoder.py`; its output stands in for the `<speech>` tokens.
 Follows omni_speech/model/speech_projector/speech_projector.py of ictnlp/LLaMA-Omni.
@@ -15,7 +15,7 @@ INNER_SIZE = 2048  # fixed in the official code
 
 
 class EncoderProjectorConcat(nn.Module):
-    """`k` frames of width D side by side -> Linear -> ReLU -> Linear of the LLM's width H.
+    """Maps `k` frames of width D side by side by Linear -> ReLU -> Linear to the LLM's width H.
 
     `config` needs speech_encoder_ds_rate (k), speech_encoder_hidden_size (D), hidden_size (H).
     """
@@ -27,7 +27,7 @@ class EncoderProjectorConcat(nn.Module):
         self.linear2 = nn.Linear(INNER_SIZE, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T // k, H); the last T % k frames are dropped."""
+        """Maps (B, T, D) to (B, T // k, H); the last T % k frames are dropped."""
         batch, frames, width = x.shape
         x = x[:, : frames - frames % self.k].reshape(batch, frames // self.k, width * self.k)
         return self.linear2(torch.relu(self.linear1(x)))

@@ -1,4 +1,4 @@
-"""Which values of a config cannot work, and what to do instead."""
+"""Reports which values of a config cannot work, and what to do instead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llama_omni.options.config import TrainConfig
 
 OPTIMIZER_PRECISIONS = ("fp32_master", "bf16_stochastic", "8bit")
@@ -18,13 +20,13 @@ PARALLEL = ("auto", "ddp", "fsdp2", "deepspeed")
 
 def validate_config(config: TrainConfig) -> None:
     """Raises ValueError (field=value, what is wrong, what to do) for what cannot work."""
-    for rules in (_refused, _choices, _ranges, _needed, _stage_rules):
-        for complaint in rules(config):  # in order: later rules rely on the earlier ones
-            raise ValueError(f"{config.source}: {complaint}")
+    for rules in (_unsupported, _choices, _ranges, _needed, _stage_rules):
+        for error in rules(config):  # in order: later rules rely on the earlier ones
+            raise ValueError(f"{config.source}: {error}")
 
 
-def _refused(c: TrainConfig) -> list[str]:
-    """Options that peers offer and that mean nothing, or harm, here."""
+def _unsupported(c: TrainConfig) -> Iterator[str]:
+    """Yields the options that peers offer and that mean nothing, or harm, here."""
     rules = (
         (c.version != "v0", "version", "only v0 exists", 'leave it at "v0"'),
         (not c.is_multimodal, "is_multimodal", "there is speech in every sample", "set it to true"),
@@ -32,7 +34,7 @@ def _refused(c: TrainConfig) -> list[str]:
         (
             c.speech_normalize,
             "speech_normalize",
-            "it normalises raw waveforms, and the input here is Whisper's own log-mel",
+            "it normalizes raw waveforms, and the input here is Whisper's own log-mel",
             "set it to false",
         ),
         (
@@ -60,14 +62,12 @@ def _refused(c: TrainConfig) -> list[str]:
             "set bf16 to true or take fp32_master",
         ),
     )
-    return [
-        f"{name}={getattr(c, name)!r} is refused: {reason}; {remedy}."
-        for is_wrong, name, reason, remedy in rules
-        if is_wrong
-    ]
+    for is_wrong, name, reason, remedy in rules:
+        if is_wrong:
+            yield f"{name}={getattr(c, name)!r} is unsupported: {reason}; {remedy}."
 
 
-def _choices(c: TrainConfig) -> list[str]:
+def _choices(c: TrainConfig) -> Iterator[str]:
     choices: dict[str, tuple[Any, ...]] = {
         "stage": (1, 2),
         "speech_encoder_type": ("whisper",),
@@ -81,14 +81,12 @@ def _choices(c: TrainConfig) -> list[str]:
         "report_to": TRACKERS,
         "parallel": PARALLEL,
     }
-    return [
-        f"{name}={getattr(c, name)!r} is not one of {', '.join(map(str, known))}."
-        for name, known in choices.items()
-        if getattr(c, name) not in known
-    ]
+    for name, known in choices.items():
+        if getattr(c, name) not in known:
+            yield f"{name}={getattr(c, name)!r} is not one of {', '.join(map(str, known))}."
 
 
-def _ranges(c: TrainConfig) -> list[str]:
+def _ranges(c: TrainConfig) -> Iterator[str]:
     positive = (
         "speech_encoder_ds_rate",
         "speech_encoder_hidden_size",
@@ -114,107 +112,98 @@ def _ranges(c: TrainConfig) -> list[str]:
         "logging_steps",
         "ctc_loss_weight",
     )
-    complaints = [
-        f"{name}={getattr(c, name)!r} must be above 0."
-        for name in positive
-        if getattr(c, name) is not None and not getattr(c, name) > 0
-    ]
+    for name in positive:
+        if getattr(c, name) is not None and not getattr(c, name) > 0:
+            yield f"{name}={getattr(c, name)!r} must be above 0."
     for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
         if not 0 <= getattr(c, name) < 1:
-            complaints.append(f"{name}={getattr(c, name)!r} must be at least 0 and below 1.")
+            yield f"{name}={getattr(c, name)!r} must be at least 0 and below 1."
     for name in ("weight_decay", "dataloader_num_workers"):
         if getattr(c, name) < 0:
-            complaints.append(f"{name}={getattr(c, name)!r} must not be negative.")
+            yield f"{name}={getattr(c, name)!r} must not be negative."
     if c.max_steps == 0 or c.max_steps < -1:
-        complaints.append(f"max_steps={c.max_steps} must be above 0, or -1 for no limit.")
+        yield f"max_steps={c.max_steps} must be above 0, or -1 for no limit."
     try:
         layers, width, heads, ffn = c.decoder_shape
         if min(layers, width, heads, ffn) < 1 or width % heads:
             raise ValueError
     except ValueError:
-        complaints.append(
+        yield (
             f"ctc_decoder_config={c.ctc_decoder_config!r} must be "
             '"(layers,width,heads,feed_forward)" with a width that is a multiple of heads.'
         )
-    return complaints
 
 
-def _needed(c: TrainConfig) -> list[str]:
+def _needed(c: TrainConfig) -> Iterator[str]:
     needed = {
         1: ("data_path", "output_dir", "model_name_or_path", "speech_encoder"),
         2: ("data_path", "output_dir", "stage1_model_path", "kmeans_model_path"),
     }[c.stage]
-    complaints = [
-        f"{name}=null: stage {c.stage} needs it; set it in the file or give --{name} VALUE."
-        for name in needed
-        if not getattr(c, name)
-    ]
+    for name in needed:
+        if not getattr(c, name):
+            remedy = f"set it in the file or give --{name} VALUE."
+            yield f"{name}=null: stage {c.stage} needs it; {remedy}"
     for name in ("data_path", "validation_data_path", "deepspeed"):
         value = getattr(c, name)
         if value and not Path(value).exists():
-            complaints.append(f"{name}={value!r}: no such file or folder.")
+            yield f"{name}={value!r}: no such file or folder."
     if c.stage == 2 and c.stage1_model_path and _looks_local(c.stage1_model_path):
         folder = Path(c.stage1_model_path)
         if not (folder / "config.json").is_file():
-            complaints.append(
+            yield (
                 f"stage1_model_path={str(folder)!r}: no model there. Run stage 1 first; it leaves "
                 "its result in OUT/final_model."
             )
-    return complaints
 
 
 def _looks_local(spec: str) -> bool:
-    """Whether a model is named by a path rather than a hub id such as `org/name`."""
+    """Returns whether a model is named by a path rather than a hub id such as `org/name`."""
     return Path(spec).exists() or spec.startswith((".", "/", "~")) or spec.count("/") != 1
 
 
-def _stage_rules(c: TrainConfig) -> list[str]:
-    complaints: list[str] = []
+def _stage_rules(c: TrainConfig) -> Iterator[str]:
     if c.stage == 2:
         for name in ("freeze_backbone", "tune_speech_generator_only"):
             if not getattr(c, name):
-                complaints.append(
-                    f"{name}=false is refused in stage 2: it trains the speech generator alone, on "
-                    "the states of a language model that stands still; set it to true."
+                yield (
+                    f"{name}=false is unsupported in stage 2, which trains the speech generator "
+                    "alone, on the states of a frozen language model; set it to true."
                 )
         for name in ("pretrain_speech_projector", "speech_projector_lr", "speech_encoder_lr"):
             if getattr(c, name) is not None:
-                complaints.append(
-                    f"{name}={getattr(c, name)!r} is refused in stage 2, where that part stands "
-                    "still; set it to null."
+                yield (
+                    f"{name}={getattr(c, name)!r} is unsupported in stage 2, where that part is "
+                    "frozen; set it to null."
                 )
         for name in ("tune_speech_projector", "tune_speech_encoder", "lora_enable"):
             if getattr(c, name):
-                complaints.append(
-                    f"{name}=true is refused in stage 2, which trains the speech generator alone; "
-                    "do it in stage 1."
+                yield (
+                    f"{name}=true is unsupported in stage 2, which trains the speech generator "
+                    "alone; do it in stage 1."
                 )
     else:
         for name in ("tune_speech_generator_only", "has_tgt_units"):
             if getattr(c, name):
-                complaints.append(f"{name}=true belongs to stage 2; stage 1 uses no units.")
+                yield f"{name}=true belongs to stage 2; stage 1 uses no units."
         if c.lora_enable and c.freeze_backbone:
-            complaints.append(
+            yield (
                 "lora_enable=true with freeze_backbone=true contradict each other: LoRA trains the "
                 "backbone; set one of them to false."
             )
     if c.tune_speech_projector and (c.tune_speech_encoder or c.lora_enable):
-        complaints.append(
+        yield (
             "tune_speech_projector=true trains the projector alone; set it to false to train "
             "the encoder or LoRA with it."
         )
     if c.parallel == "deepspeed" and not c.deepspeed:
-        complaints.append(
-            "parallel='deepspeed' needs --deepspeed FILE, e.g. configs/ds_zero2_config.json."
-        )
+        yield ("parallel='deepspeed' needs --deepspeed FILE, e.g. configs/ds_zero2_config.json.")
     if c.deepspeed and c.parallel not in ("auto", "deepspeed"):
-        complaints.append(f"deepspeed={c.deepspeed!r} contradicts parallel={c.parallel!r}.")
+        yield f"deepspeed={c.deepspeed!r} contradicts parallel={c.parallel!r}."
     if c.deepspeed and c.optimizer_precision != "fp32_master":
-        complaints.append(
-            f"optimizer_precision={c.optimizer_precision!r} is refused with DeepSpeed, which keeps "
-            "its own fp32 master; take fp32_master, or parallel fsdp2."
+        yield (
+            f"optimizer_precision={c.optimizer_precision!r} is unsupported with DeepSpeed, which "
+            "keeps its own fp32 master; take fp32_master, or parallel fsdp2."
         )
     accelerate_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if accelerate_fsdp and os.environ.get("FSDP_VERSION", "2") != "2":
-        complaints.append("accelerate asks for FSDP version 1; set fsdp_version: 2 in its file.")
-    return complaints
+        yield "accelerate asks for FSDP version 1; set fsdp_version: 2 in its file."

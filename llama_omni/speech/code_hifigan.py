@@ -1,4 +1,4 @@
-"""The unit HiFi-GAN of the paper: discrete units -> waveform, whole or streamed.
+"""Decodes discrete units to a waveform, whole or streamed: the unit HiFi-GAN of the paper.
 
 `vocoder.py` loads it. Architecture and names of the weights: codehifigan.py, hifigan.py and
 VariancePredictor of facebookresearch/fairseq (fairseq/models/text_to_speech).
@@ -28,7 +28,7 @@ UNSUPPORTED_KEYS = ("multispkr", "embedder_params", "f0", "f0_quant_num_bin")
 
 
 class CodeHiFiGAN(nn.Module):
-    """`voice(units)`: embeddings, each repeated for its predicted duration, upsampled to 16 kHz.
+    """Embeds units, repeats each for its predicted duration, and upsamples to 16 kHz.
 
     `config` is the released config.json. The state dict has the official names (`dict`,
     `dur_predictor`, `conv_pre`, `ups`, `resblocks`, `conv_post`, with weight_g and weight_v).
@@ -65,7 +65,7 @@ class CodeHiFiGAN(nn.Module):
 
     @torch.no_grad()
     def forward(self, units: Sequence[int]) -> Tensor:
-        """Deduplicated unit ids -> (num_samples,) float32 on the CPU.
+        """Decodes deduplicated unit ids to (num_samples,) float32 on the CPU.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -74,11 +74,11 @@ class CodeHiFiGAN(nn.Module):
         frames = [unit for unit, count in timed for _ in range(count)]
         if not frames:
             return torch.empty(0)
-        return self.synthesise(self.dict(self._tensor(frames))[None]).cpu()
+        return self.synthesize(self.dict(self._tensor(frames))[None]).cpu()
 
     @torch.no_grad()
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """A piece of waveform for each chunk of units (empty while it waits), then the rest.
+        """Yields a piece of waveform for each chunk of units (empty while it waits), then the rest.
 
         Equal to decoding all at once, but for rounding: a sample is given out when no unit to come
         can change it, and is decoded with all it depends on, `reach` code frames to either side
@@ -93,14 +93,14 @@ class CodeHiFiGAN(nn.Module):
             if num_ready <= num_given:
                 yield torch.empty(0)
                 continue
-            waveform = self.synthesise(self.dict(self._tensor(frames))[None])
+            waveform = self.synthesize(self.dict(self._tensor(frames))[None])
             yield waveform[num_given * self.hop : num_ready * self.hop].cpu()
             num_past = max(0, num_ready - self.reach)
             frames, num_given = frames[num_past:], num_ready - num_past
 
     def _repeat(self, chunks: Iterable[Sequence[int]]) -> Iterator[tuple[list[int], bool]]:
-        """Code frames, each unit as often as it lasts, as soon as that is certain; (new frames,
-        whether they are the last)."""
+        """Yields (new frames, whether they are the last): each unit as often as it lasts, as soon
+        as that is certain."""
         units: list[int] = []  # those whose duration is open, after those that are context
         num_context, margin = 0, self.dur_predictor.reach
         for chunk in chain(chunks, [None]):
@@ -114,14 +114,14 @@ class CodeHiFiGAN(nn.Module):
 
     @torch.no_grad()
     def predict_durations(self, units: Sequence[int]) -> list[int]:
-        """How many code frames each unit lasts, at least 1."""
+        """Returns how many code frames each unit lasts, at least 1."""
         if not units:
             return []
         log_durations = self.dur_predictor(self.dict(self._tensor(units))[None])
         return (log_durations.exp() - 1).round().long().clamp(min=1)[0].tolist()
 
-    def synthesise(self, x: Tensor) -> Tensor:
-        """(1, T, embedding_dim) embedded code frames -> (T * hop,) waveform in -1..1."""
+    def synthesize(self, x: Tensor) -> Tensor:
+        """Decodes (1, T, embedding_dim) embedded code frames to (T * hop,) waveform in -1..1."""
         x = self.conv_pre(x.transpose(1, 2))
         for number, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))
@@ -130,7 +130,7 @@ class CodeHiFiGAN(nn.Module):
         return self.conv_post(F.leaky_relu(x)).tanh()[0, 0]
 
     def fuse_weight_norm(self) -> None:
-        """Computes the normalised weights once for all; only for decoding."""
+        """Computes the normalized weights once for all; only for decoding."""
         for module in self.modules():
             if hasattr(module, "weight_g"):
                 nn.utils.remove_weight_norm(module)
@@ -146,7 +146,7 @@ class CodeHiFiGAN(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Dilated and plain convolution in turn, each pair beside a residual path."""
+    """Applies dilated and plain convolutions in turn, each pair beside a residual path."""
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
@@ -167,10 +167,10 @@ class ResBlock(nn.Module):
 
 
 class DurationPredictor(nn.Module):
-    """(1, T, embedding_dim) -> (1, T): log(1 + code frames) of each unit.
+    """Maps (1, T, embedding_dim) to (1, T), log(1 + code frames) of each unit.
 
-    In float64: a rounding error that moved a duration over x.5 would part streamed from whole
-    decoding by 20 ms.
+    It computes in float64: a rounding error that moved a duration over x.5 would part streamed from
+    whole decoding by 20 ms.
     """
 
     reach = 2  # units to either side that a duration depends on: two convolutions of width 3
@@ -194,9 +194,9 @@ class DurationPredictor(nn.Module):
 def compute_reach(
     rates: Sequence[int], kernels: Sequence[int], blocks: Sequence[tuple[int, tuple[int, ...]]]
 ) -> int:
-    """How many code frames to either side of its own a sample depends on.
+    """Returns how many code frames to either side of its own a sample depends on.
 
-    Follows the samples of one code frame, `first` to `last`, backwards through the network.
+    It follows the samples of one code frame, `first` to `last`, backwards through the network.
     """
     first, last = -3, math.prod(rates) - 1 + 3  # conv_post, of width 7
     block_reach = max(
@@ -233,7 +233,7 @@ def validate_config(config: dict[str, Any]) -> None:
 
 
 def _normed(conv: nn.Module) -> nn.Module:
-    """Weight norm under the names of the released checkpoint, which PyTorch calls deprecated."""
+    """Adds weight norm by the released checkpoint's names, which PyTorch calls deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(conv)

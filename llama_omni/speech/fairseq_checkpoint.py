@@ -45,16 +45,16 @@ RENAMES = [
 
 @dataclass(frozen=True, eq=False)
 class FairseqHubert:
-    """What a checkpoint holds of a HuBERT; `settings` are the model's, in fairseq's names."""
+    """Holds a checkpoint's HuBERT; `settings` are the model's, in fairseq's names."""
 
     source: Path
     state: dict[str, Tensor]  # fairseq's names
     settings: dict[str, Any]
-    normalize: bool  # whether waveforms are to be normalised, a setting of the task
+    normalize: bool  # whether waveforms are to be normalized, a setting of the task
 
 
 def read_fairseq_hubert(path: Path) -> FairseqHubert:
-    """The HuBERT in a fairseq checkpoint of any age.
+    """Reads the HuBERT in a fairseq checkpoint of any age.
 
     Raises:
         ValueError: not a checkpoint, something in it that is not plain data, or no HuBERT.
@@ -75,7 +75,7 @@ def read_fairseq_hubert(path: Path) -> FairseqHubert:
 
 
 def build_config(hubert: FairseqHubert) -> HubertConfig:
-    """HubertConfig: sizes from the weights' shapes, the rest from the settings.
+    """Builds a HubertConfig: sizes from the weights' shapes, the rest from the settings.
 
     Raises:
         ValueError: an architecture that transformers' HubertModel has not.
@@ -110,7 +110,7 @@ def build_config(hubert: FairseqHubert) -> HubertConfig:
 
 
 def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """fairseq's (or an older transformers') names as today's HubertModel spells them."""
+    """Renames fairseq's (or an older transformers') weights as today's HubertModel has them."""
     renamed = {}
     for key, tensor in state.items():
         for pattern, name in RENAMES:
@@ -120,7 +120,7 @@ def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """(channels, kernel, stride) of each convolution.
+    """Returns (channels, kernel, stride) of each convolution.
 
     fairseq stores Python source (see DEFAULT_CONV_LAYERS) and evaluates it; here numbers, tuples,
     lists, + and * are understood and nothing else.

@@ -1,4 +1,4 @@
-"""Speech -> mHuBERT features, the input of the k-means that gives the released units.
+"""Computes mHuBERT features of speech, the input of the k-means that gives the released units.
 
 Used by `quantizer.py`. Weights come from a Hugging Face folder or straight from the fairseq `.pt`;
 both give the same network, transformers' HubertModel cut after the wanted layer. The checkpoint of
@@ -47,7 +47,7 @@ class HubertFeatures:
 
     Attributes:
         dim: width of a vector.
-        identity: tells apart encoders whose features differ (layer, normalisation, weights),
+        identity: distinguishes encoders whose features differ (layer, normalization, weights),
             whatever file they come from.
     """
 
@@ -67,10 +67,10 @@ class HubertFeatures:
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor) -> Tensor:
-        """(num_samples,) at 16 kHz -> (T, dim) float32, on the model's device.
+        """Returns (T, dim) float32 on the model's device for (num_samples,) at 16 kHz.
 
-        One clip at a time, unpadded: the group norm of the first layer runs over time, so padding
-        would change every frame. TF32 stays off, since rounding moves frames to other units.
+        It takes one clip at a time, unpadded: the group norm of the first layer runs over time, so
+        padding would change every frame. TF32 stays off: rounding moves frames to other units.
 
         Raises:
             ValueError: shorter than one frame (25 ms).
@@ -87,12 +87,12 @@ class HubertFeatures:
             return torch.cat([self.encode(chunk[None])[0] for chunk in chunks])
 
     def encode(self, waveform: Tensor) -> Tensor:
-        """(1, num_samples) -> (1, T, dim): the network alone."""
+        """Runs the network alone: (1, num_samples) -> (1, T, dim)."""
         return self.model(waveform).last_hidden_state
 
 
 class FairseqHubertFeatures(HubertFeatures):
-    """The same through fairseq's own network, to compare (`unit_backend="fairseq"`)."""
+    """Runs fairseq's own network instead, to compare (`unit_backend="fairseq"`)."""
 
     def encode(self, waveform: Tensor) -> Tensor:
         model: Any = self.model
@@ -106,7 +106,7 @@ def load_hubert(
     device: torch.device | str = "cpu",
     unit_backend: Literal["transformers", "fairseq"] = "transformers",
 ) -> HubertFeatures:
-    """Features from a Hugging Face folder or a fairseq `.pt` (no pickled code runs).
+    """Loads features from a Hugging Face folder or a fairseq `.pt` (no pickled code runs).
 
     Raises:
         FileNotFoundError: nothing there.
@@ -135,7 +135,7 @@ def load_hubert(
 def build_model(
     config: HubertConfig, state: dict[str, Tensor], *, layer: int, source: Path
 ) -> nn.Module:
-    """HubertModel without the layers after `layer`: its last state is then hidden_states[layer].
+    """Builds HubertModel up to `layer`: its last state is then hidden_states[layer].
 
     Where each block begins with its norm (not so in base models), the norm after the last block
     is not part of that state.
@@ -166,7 +166,7 @@ def build_model(
 
 
 def _read_folder(path: Path) -> tuple[HubertConfig, dict[str, Tensor], bool]:
-    """Config, weights, and whether waveforms are normalised, of a Hugging Face folder."""
+    """Reads config, weights, and whether waveforms are normalized, of a Hugging Face folder."""
     from safetensors.torch import load_file
     from transformers import HubertConfig
 
@@ -195,8 +195,8 @@ def _read_folder(path: Path) -> tuple[HubertConfig, dict[str, Tensor], bool]:
 
 
 def _build_fairseq_model(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    """fairseq's own network. (Its own loader would run the file's pickle, and does not work with
-    torch 2.6 and later.)"""
+    """Builds fairseq's own network. (Its own loader would run the file's pickle, and does not work
+    with torch 2.6 and later.)"""
     try:
         from fairseq.models.hubert import (  # pyright: ignore[reportMissingImports]
             HubertConfig as FairseqConfig,

@@ -1,4 +1,4 @@
-"""Cluster centres out of a joblib file of scikit-learn, without running what is in it.
+"""Reads k-means centroids from a joblib file of scikit-learn, without running what is in it.
 
 `kmeans.py` uses it for the released `.bin`. joblib writes a pickle in which each array is a note
 (class, shape, order, type) followed by the array's bytes, all of it perhaps compressed; older or
@@ -70,7 +70,7 @@ class _JoblibUnpickler(RestrictedUnpickler):
 
 
 def read_cluster_centers(path: Path) -> np.ndarray:
-    """(K, D) float32 `cluster_centers_` of the KMeans or MiniBatchKMeans in `path`.
+    """Returns (K, D) float32 `cluster_centers_` of the KMeans or MiniBatchKMeans in `path`.
 
     Raises:
         ValueError: not such a file, or it names something outside the closed list.
@@ -87,7 +87,7 @@ def read_cluster_centers(path: Path) -> np.ndarray:
         centers = _find_centers(model)
     except Exception as error:  # a damaged or hostile file may fail in any way
         raise ValueError(
-            f"{path}: not readable as k-means centres: {error}. Nothing of it was run. Give "
+            f"{path}: not readable as k-means centroids: {error}. Nothing of it was run. Give "
             "scikit-learn's k-means as joblib writes it, or our .safetensors."
         ) from error
     return np.array(centers, dtype=np.float32, order="C")
@@ -106,7 +106,7 @@ def _find_centers(model: Any) -> np.ndarray:
 
 
 def _plain_array(value: Any) -> np.ndarray:
-    """An array as joblib stores it (already read), or as pickle does, from its parts."""
+    """Returns an array that joblib stored (already read), or that pickle did, from its parts."""
     if isinstance(value, Inert) and value.source.endswith("._frombuffer"):
         data, dtype, shape, order = value.args
         return np.frombuffer(data, _read_dtype(dtype)).reshape(shape, order=order)
@@ -120,7 +120,7 @@ def _plain_array(value: Any) -> np.ndarray:
 
 
 def _read_dtype(value: Any) -> np.dtype | None:
-    """Numeric type from numpy's note of it (its name, and the byte order in its state)."""
+    """Returns the type of numpy's note (its name, and the byte order in its state)."""
     name = str(value.args[0])
     if name.startswith("O"):
         return None

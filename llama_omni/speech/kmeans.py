@@ -1,6 +1,6 @@
-"""k-means centres, which make units of features: reading, writing, fitting.
+"""Reads, writes and fits k-means centroids, which make units of features.
 
-`quantizer.py` and `mel_voice.py` use them. Two kinds: the released centres over mHuBERT features
+`quantizer.py` and `mel_voice.py` use them. Two kinds: the released centroids over mHuBERT features
 (the file at KM1000_URL, sha256 KM1000_SHA256; nothing is downloaded here), and the embedded kind
 over log-mel frames, fitted on the user's own audio by `python -m llama_omni.units fit`.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,12 +35,12 @@ KM1000_FILE = "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin"
 KM1000_URL = f"https://dl.fbaipublicfiles.com/hubert/{KM1000_FILE}"
 KM1000_SHA256 = "c70f5416c38044d0c20e33fdeedf4533974a8ac4029985cdef3b755038381a0b"
 
-ASSIGN_ROWS = 16_384  # rows of the distance matrix made at a time
+FRAMES_AT_ONCE = 16_384  # whose distances are in memory together
 
 
 @dataclass(frozen=True, eq=False)
 class KMeans:
-    """Centres of one kind. `durations` (mean frames a run) exist for log-mel alone."""
+    """Holds centroids of one kind. `durations` (mean frames a run) exist for log-mel alone."""
 
     features: str  # "mhubert" or "log_mel"
     centroids: Tensor  # (K, D) float32
@@ -53,28 +52,28 @@ class KMeans:
 
     @property
     def digest(self) -> str:
-        """sha256 of the centres' values, the same for a .bin and its conversion."""
+        """Returns the sha256 of the values, the same for a .bin and its conversion."""
         return hashlib.sha256(self.centroids.cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def assign(self, features: Tensor) -> Tensor:
-        """(T, D) -> (T,) index of the nearest centre, in float32 on the centres' device.
+        """Returns (T,) indices of the nearest centroids to (T, D), in float32 on their device.
 
-        ||x - c||^2 without its ||x||^2, which is the same for all centres.
+        It compares ||x - c||^2 without ||x||^2, which is the same for all centroids.
         """
         offsets = self.centroids.square().sum(1)
-        rows = [
+        units = [
             (offsets - 2 * part @ self.centroids.T).argmin(1)
-            for part in features.split(ASSIGN_ROWS)
+            for part in features.split(FRAMES_AT_ONCE)
         ]
-        return torch.cat(rows)
+        return torch.cat(units)
 
 
 def read_kmeans(path: Path) -> KMeans:
-    """Centres from our safetensors, or from a joblib file of scikit-learn (nothing in it is run).
+    """Reads centroids from our safetensors, or a joblib file of scikit-learn (no code in it runs).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not k-means centres, or a damaged copy of the released ones.
+        ValueError: not k-means centroids, or a damaged copy of the released ones.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -89,10 +88,10 @@ def read_kmeans(path: Path) -> KMeans:
         kmeans = KMeans("mhubert", torch.from_numpy(read_cluster_centers(path)))
     centroids = kmeans.centroids
     if centroids.ndim != 2 or len(centroids) == 0 or not centroids.isfinite().all():
-        raise ValueError(f"{path}: the centres are not a finite matrix: {list(centroids.shape)}")
+        raise ValueError(f"{path}: the centroids are not a finite matrix: {list(centroids.shape)}")
     if kmeans.durations is not None and len(kmeans.durations) != len(centroids):
         raise ValueError(
-            f"{path}: {len(kmeans.durations)} durations for {len(centroids)} centres; fit it again"
+            f"{path}: {len(kmeans.durations)} durations for {len(centroids)} centroids; fit again"
         )
     return replace(kmeans, centroids=centroids.float().contiguous())
 
@@ -135,7 +134,7 @@ def save_kmeans(path: Path, kmeans: KMeans) -> None:
 def fit_log_mel(
     paths: Sequence[Path], num_units: int, *, seed: int = 0, max_hours: float = 1.0
 ) -> KMeans:
-    """Centres and durations over the log-mel frames of `paths`, or of a sample of `max_hours`.
+    """Fits centroids and durations to the log-mel frames of `paths`, or of `max_hours` of them.
 
     Raises:
         ValueError: unreadable audio, or fewer frames than units.
@@ -159,62 +158,31 @@ def fit_log_mel(
     return replace(kmeans, durations=mean_run_lengths([kmeans.assign(c) for c in clips], num_units))
 
 
-def fit_kmeans(
-    features: Tensor, num_units: int, *, seed: int = 0, max_iterations: int = 50
-) -> Tensor:
-    """(N, D) -> (num_units, D) by Lloyd's iteration from k-means++ starts, which `seed` fixes.
+def fit_kmeans(features: Tensor, num_units: int, *, seed: int = 0) -> Tensor:
+    """Fits (num_units, D) to (N, D) by scikit-learn's KMeans: greedy k-means++ starts, which `seed`
+    fixes, then at most 50 of Lloyd's iterations.
 
     Raises:
-        ValueError: fewer distinct rows than units.
+        ValueError: fewer distinct frames than units.
     """
+    from sklearn.cluster import KMeans as Fitter
+    from threadpoolctl import threadpool_limits
+
     num_distinct = len(features.unique(dim=0)) if len(features) < 100 * num_units else num_units
     if num_distinct < num_units:
         raise ValueError(
             f"{num_distinct} distinct frames cannot make {num_units} units: give more audio, or a "
             "smaller --num_units"
         )
-    centroids = _spread_starts(features, num_units, torch.Generator().manual_seed(seed))
-    last_error = float("inf")
-    for _ in tqdm(range(max_iterations), desc=f"k-means, {num_units} centres", unit="round"):
-        ids = KMeans("", centroids).assign(features)
-        distances = (features - centroids[ids]).square().sum(1)
-        counts = torch.bincount(ids, minlength=num_units)
-        sums = torch.zeros(num_units, features.shape[1], dtype=torch.float64)
-        sums.index_add_(0, ids, features.double())
-        centroids = (sums / counts.clamp(min=1)[:, None]).float()
-        empty = (counts == 0).nonzero().flatten()
-        # A centre that lost all its frames goes where the fit is worst.
-        centroids[empty] = features[distances.topk(len(empty)).indices]
-        error = float(distances.double().mean())
-        if not len(empty) and error > last_error * (1 - 1e-4):
-            break
-        last_error = error
-    return centroids
-
-
-def _spread_starts(features: Tensor, num_units: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): candidates are drawn in proportion to the
-    squared distance from the nearest start so far; the one that lessens it most is the next."""
-    num_candidates = 2 + int(math.log(num_units))
-    norms = features.square().sum(1)
-    starts = [int(torch.randint(len(features), (1,), generator=generator))]
-    nearest = (features - features[starts[0]]).square().sum(1)
-    for _ in range(num_units - 1):
-        edges = nearest.double().cumsum(0)
-        draws = torch.rand(num_candidates, generator=generator, dtype=torch.float64) * edges[-1]
-        drawn = torch.searchsorted(edges, draws, right=True).clamp(max=len(features) - 1)
-        products = features[drawn] @ features.T  # (num_candidates, N)
-        distances = (norms[drawn, None] + norms - 2 * products).clamp(min=0)
-        remaining = torch.minimum(distances, nearest)
-        best = int(remaining.double().sum(1).argmin())
-        starts.append(int(drawn[best]))
-        nearest = remaining[best]
-        nearest[starts[-1]] = 0  # exactly, so that it is not drawn again
-    return features[starts]
+    logger.info("fitting %d centroids to %d frames", num_units, len(features))
+    with threadpool_limits(1):  # several threads add up in any order: other bits at each run
+        fitter = Fitter(num_units, n_init=1, max_iter=50, random_state=seed)  # pyright: ignore
+        fitter.fit(features.numpy())
+    return torch.from_numpy(fitter.cluster_centers_)
 
 
 def mean_run_lengths(clips: Sequence[Tensor], num_units: int) -> Tensor:
-    """(num_units,) mean number of frames that each unit lasts in `clips`; 1 if it never occurs."""
+    """Returns (num_units,) mean frames that each unit lasts in `clips`; 1 if it never occurs."""
     frames, runs = torch.zeros(num_units), torch.zeros(num_units)
     for ids in clips:
         units, lengths = torch.unique_consecutive(ids, return_counts=True)

@@ -1,6 +1,6 @@
-"""Log-mel frames, the features of the embedded units, and the way back to a spectrum.
+"""Computes log-mel frames, the features of the embedded units, and inverts them to spectra.
 
-`kmeans.py` fits centres over these frames, `quantizer.py` quantises them, `mel_voice.py` speaks
+`kmeans.py` fits centroids over these frames, `quantizer.py` quantizes them, `mel_voice.py` speaks
 them. Chosen for the voice: windows of 64 ms every 20 ms (the 50 Hz of mHuBERT) resolve the pitch
 and overlap enough for Griffin-Lim. PocketSphinx with a grammar, on 40 held-out espeak-ng sentences:
 8 % word errors through 100 such units and `mel_voice.py`, 5 % through the frames as they are.
@@ -17,13 +17,13 @@ SAMPLE_RATE = 16_000
 N_FFT = 1024
 HOP = 320
 NUM_MELS = 80
-# Magnitudes below are silence. Lower, and the k-means spends its centres on kinds of silence.
+# Magnitudes below are silence. Lower, and the k-means spends its centroids on kinds of silence.
 FLOOR = 1e-3
 IDENTITY = f"log_mel n_fft={N_FFT} hop={HOP} mels={NUM_MELS} floor={FLOOR}"
 
 
 class LogMelFeatures:
-    """`features(waveform)`: what `hubert.HubertFeatures` is to mHuBERT, with no weights."""
+    """Has the calls of `hubert.HubertFeatures`, without weights: `features(waveform)`."""
 
     dim = NUM_MELS
     identity = IDENTITY
@@ -32,12 +32,12 @@ class LogMelFeatures:
         self.device = device
 
     def __call__(self, waveform: Tensor) -> Tensor:
-        """(num_samples,) at 16 kHz -> (num_samples // 320 + 1, 80) float32."""
+        """Returns (num_samples // 320 + 1, 80) float32 for (num_samples,) at 16 kHz."""
         return compute_log_mel(waveform.to(self.device, torch.float32))
 
 
 def compute_log_mel(waveform: Tensor) -> Tensor:
-    """(num_samples,) -> (num_samples // HOP + 1, NUM_MELS); frame t is centred on sample t HOP."""
+    """Returns (num_samples // HOP + 1, NUM_MELS); frame t is centered on sample t HOP."""
     spectrum = torch.stft(
         waveform,
         N_FFT,
@@ -52,9 +52,9 @@ def compute_log_mel(waveform: Tensor) -> Tensor:
 
 
 def invert_log_mel(log_mel: Tensor) -> Tensor:
-    """(T, NUM_MELS) -> (T, N_FFT // 2 + 1) magnitudes, by the pseudo-inverse.
+    """Returns (T, N_FFT // 2 + 1) magnitudes of (T, NUM_MELS), by the pseudo-inverse.
 
-    Silence comes back as a soft noise at FLOOR, as of a quiet room: speech recognisers do worse on
+    Silence comes back as a soft noise at FLOOR, as of a quiet room: speech recognizers do worse on
     speech between zeros.
     """
     return (log_mel.exp() @ torch.linalg.pinv(mel_filters())).clamp(min=0)
@@ -62,7 +62,7 @@ def invert_log_mel(log_mel: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def mel_filters() -> Tensor:
-    """(N_FFT // 2 + 1, NUM_MELS) triangles of Slaney's scale and area, 0 to 8 kHz."""
+    """Returns (N_FFT // 2 + 1, NUM_MELS) triangles of Slaney's scale and area, 0 to 8 kHz."""
     from torchaudio.functional import melscale_fbanks
 
     return melscale_fbanks(

@@ -1,6 +1,6 @@
-"""The embedded voice: log-mel units -> mean durations and mean spectra -> Griffin-Lim.
+"""Speaks log-mel units by mean durations, mean spectra and Griffin-Lim: the embedded voice.
 
-What `vocoder.py` gives where there is no HiFi-GAN: it needs the k-means file alone. It sounds like
+`vocoder.py` gives it where there is no HiFi-GAN: it needs the k-means file alone. It sounds like
 a robot and is understood. Griffin-Lim runs frame by frame with a short look-ahead (RTISI-LA: Zhu,
 Beauregard and Wyse, "Real-time signal estimation from modified short-time Fourier transform
 magnitude spectra", 2007), so that speech streams: no sample depends on how the units were cut.
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from llama_omni.speech.kmeans import KMeans
 
-LOOK_AHEAD = 2  # frames, 40 ms; more than 2 is not heard
+LOOK_AHEAD = 2  # frames, 40 ms; more is not audible
 ITERATIONS = 8  # per frame; each frame is refined LOOK_AHEAD + 1 times that
-MIN_WINDOW_SUM = 1e-2  # under the ends of the first and last window, where a sample is hardly heard
+MIN_WINDOW_SUM = 1e-2  # under the first and last window's ends, where samples are hardly audible
 
 
 class MelVoice:
-    """`voice(units)` and `voice.stream(chunks)`; on the CPU, where it takes about 0.03 s a second.
+    """Has `voice(units)` and `voice.stream(chunks)`; a second of speech takes a CPU 0.03 s.
 
     Exactly the same samples come out however the units are cut into chunks.
     """
@@ -38,13 +38,13 @@ class MelVoice:
 
     def __init__(self, kmeans: KMeans) -> None:
         if kmeans.durations is None:
-            raise ValueError("these log-mel centres have no durations: fit them again")
+            raise ValueError("these log-mel centroids have no durations: fit them again")
         self.num_units = kmeans.num_units
         self.durations = kmeans.durations.tolist()
         self.magnitudes = log_mel.invert_log_mel(kmeans.centroids.cpu()).numpy()  # (K, 513)
 
     def __call__(self, units: Sequence[int]) -> Tensor:
-        """Deduplicated unit ids -> (num_samples,) float32 on the CPU; a frame is 320 samples.
+        """Decodes deduplicated unit ids to (num_samples,) float32 on the CPU, 320 samples a frame.
 
         Raises:
             ValueError: an id outside the k-means.
@@ -52,8 +52,8 @@ class MelVoice:
         return torch.cat([torch.empty(0), *self.stream([units])])
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """A piece of waveform for each chunk of units (often shorter or empty, as it waits for
-        the look-ahead), then the rest; together `voice(all units)`."""
+        """Yields a piece of waveform for each chunk of units (often shorter or empty, as it waits
+        for the look-ahead), then the rest; together they are `voice(all units)`."""
         griffin_lim = RealTimeGriffinLim()
         time, num_frames = 0.0, 0
         for units in chunks:
@@ -72,7 +72,7 @@ class MelVoice:
 
 
 class RealTimeGriffinLim:
-    """Magnitude frames in, one by one; HOP samples out for each, LOOK_AHEAD frames later.
+    """Turns magnitude frames, one by one, into HOP samples each, LOOK_AHEAD frames later.
 
     The frame being settled and those of the look-ahead are refined together against what settled
     frames have left in their place; then it is settled, and never changes again.
@@ -88,18 +88,18 @@ class RealTimeGriffinLim:
         self.settled_weight = np.zeros(N_FFT, np.float32)  # sum of their squared windows
         self.magnitudes: list[np.ndarray] = []  # (513,) of the frames not settled
         self.frames: list[np.ndarray] = []  # (1024,) their estimates, windowed twice
-        self.num_skipped = 0  # the first window is centred on sample 0
+        self.num_skipped = 0  # the first window is centered on sample 0
         self.num_pushed = self.num_samples = 0
 
     def push(self, magnitudes: np.ndarray) -> np.ndarray:
-        """(513,) -> up to HOP samples."""
+        """Takes magnitudes (513,); returns up to HOP samples."""
         self.num_pushed += 1
         self.magnitudes.append(magnitudes)
         self.frames.append(np.zeros(N_FFT, np.float32))
         return self._settle() if len(self.frames) > LOOK_AHEAD else np.empty(0, np.float32)
 
     def finish(self) -> np.ndarray:
-        """What is left after the last frame: the total is then HOP samples for each frame."""
+        """Returns what is left after the last frame: the total is then HOP samples for each."""
         pieces = [np.empty(0, np.float32)]
         while self.frames:
             pieces.append(self._settle())
@@ -115,7 +115,7 @@ class RealTimeGriffinLim:
         return self._take(HOP)
 
     def _take(self, num_samples: int) -> np.ndarray:
-        """The first samples, which no later frame reaches; the buffers move on."""
+        """Returns the first samples, which no later frame reaches, and shifts the buffers."""
         weight = np.maximum(self.settled_weight[:num_samples], MIN_WINDOW_SUM)
         samples = self.settled[:num_samples] / weight
         for buffer in (self.settled, self.settled_weight):
@@ -127,7 +127,7 @@ class RealTimeGriffinLim:
         return samples[skipped:]
 
     def _refine(self) -> None:
-        """Griffin-Lim over the frames not settled: overlap, keep the phases, set the magnitudes."""
+        """Runs Griffin-Lim over frames not settled: overlap, keep the phases, set magnitudes."""
         count = len(self.frames)
         starts = [number * HOP for number in range(count)]
         length = N_FFT + starts[-1]

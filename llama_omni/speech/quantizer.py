@@ -1,8 +1,8 @@
-"""Speech -> discrete units: features, the nearest centre of each frame, equal neighbours merged.
+"""Quantizes speech to units: the nearest centroid to each frame, equal neighbors merged.
 
 Place in the data flow: the answers' speech -> units, before training (`dataset/units.py`, or the
-command `units.py`) and in `evaluate.py`. Features come from `hubert.py` or `log_mel.py`, centres
-from `kmeans.py`, the cache is `unit_cache.py`'s.
+command `units.py`) and in `evaluate.py`. Features come from `hubert.py` or `log_mel.py`,
+centroids from `kmeans.py`, the cache is `unit_cache.py`'s.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ SHOWN_FILES = 5
 
 
 class Features(Protocol):
-    """What `hubert.HubertFeatures` and `log_mel.LogMelFeatures` have in common."""
+    """Describes what `hubert.HubertFeatures` and `log_mel.LogMelFeatures` have in common."""
 
     dim: int
     identity: str
 
     def __call__(self, waveform: Tensor) -> Tensor:
-        """(num_samples,) at 16 kHz -> (T, dim), 50 a second."""
+        """Returns (T, dim), 50 a second, for (num_samples,) at 16 kHz."""
         ...
 
 
 class Quantizer:
-    """Waveform -> units. `num_units` is the size of their vocabulary."""
+    """Makes units of waveforms. `num_units` is the size of their vocabulary."""
 
     def __init__(self, features: Features, kmeans: KMeans) -> None:
         self.features = features
         self.kmeans = kmeans
         self.num_units = kmeans.num_units
-        # What makes units comparable; a cache of units made otherwise is refused.
+        # What makes units comparable; a cache of units made otherwise is an error.
         self.identity = {
             "num_units": kmeans.num_units,
             "kmeans_sha256": kmeans.digest,
@@ -57,12 +57,12 @@ class Quantizer:
 
     @torch.no_grad()
     def assign(self, waveform: Tensor) -> Tensor:
-        """(num_samples,) at 16 kHz -> (T,) unit of every frame, on the CPU."""
+        """Returns the unit of every frame (T,), on the CPU, for (num_samples,) at 16 kHz."""
         with full_float32():
             return self.kmeans.assign(self.features(waveform)).cpu()
 
     def extract(self, waveform: Tensor) -> list[int]:
-        """(num_samples,) at 16 kHz -> its units, equal neighbours merged.
+        """Returns the units of (num_samples,) at 16 kHz, equal neighbors merged.
 
         Raises:
             ValueError: too short for one frame of mHuBERT (25 ms).
@@ -77,17 +77,17 @@ def load_quantizer(
     device: torch.device | str = "cpu",
     unit_backend: Literal["transformers", "fairseq"] = "transformers",
 ) -> Quantizer:
-    """Centres with the features they were fitted on.
+    """Loads centroids with the features they were fitted on.
 
     Args:
         kmeans_path: the released .bin or any joblib file of scikit-learn's k-means, or our
             .safetensors of either kind.
-        hubert_path: a Hugging Face folder or fairseq .pt, for centres over mHuBERT.
+        hubert_path: a Hugging Face folder or fairseq .pt, for centroids over mHuBERT.
         unit_backend: "fairseq" runs fairseq's own network, to compare.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: no mHuBERT for centres that need it, or one of another width.
+        ValueError: no mHuBERT for centroids that need it, or one of another width.
     """
     kmeans = read_kmeans(kmeans_path)
     if kmeans.features == "log_mel":
@@ -95,7 +95,7 @@ def load_quantizer(
     else:
         if hubert_path is None:
             raise ValueError(
-                f"{kmeans_path}: these centres are over mHuBERT features, so hubert_model_path "
+                f"{kmeans_path}: these centroids are over mHuBERT features, so hubert_model_path "
                 f"(--hubert) is needed: a folder, or the file {MHUBERT_URL}. For units without it, "
                 "fit your own: `python -m llama_omni.units fit`."
             )
@@ -104,7 +104,7 @@ def load_quantizer(
     width = kmeans.centroids.shape[1]
     if width != features.dim:
         raise ValueError(
-            f"{kmeans_path}: its centres are {width} wide, but the features of {source} are "
+            f"{kmeans_path}: its centroids are {width} wide, but the features of {source} are "
             f"{features.dim} wide. Give the k-means that was fitted on these features, or the "
             "encoder that belongs to this k-means."
         )
@@ -122,7 +122,7 @@ def extract_units(
 ) -> None:
     """Writes the units of this rank's share of `paths` to the cache; what is there is not redone.
 
-    Each of `world_size` processes calls it with the same `paths`. It may be killed at any moment
+    Each of `world_size` processes calls it with the same `paths`. It may be killed at any time
     and called again, also with another `world_size`. Rank 0 shows its own progress.
 
     Raises:
@@ -155,5 +155,5 @@ def extract_units(
         shown = "; ".join(failed[:SHOWN_FILES]) + ("; ..." if len(failed) > SHOWN_FILES else "")
         raise ValueError(
             f"{len(failed)} of {len(share)} audio files gave no units: {shown}. The others are in "
-            f"{cache_dir}; mend or leave out these and run again."
+            f"{cache_dir}; fix or leave out these and run again."
         )

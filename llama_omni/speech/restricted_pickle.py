@@ -47,7 +47,7 @@ class Inert:
 
 
 def to_plain(value: Any) -> Any:
-    """Namespaces, omegaconf nodes and containers as dicts, lists and values; others as they are."""
+    """Turns namespaces, omegaconf nodes and containers into dicts, lists and values."""
     if isinstance(value, Inert) and isinstance(value.state, dict):
         state = value.state
         if "_content" in state:  # omegaconf's DictConfig and ListConfig
@@ -59,7 +59,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    """What `_codecs.encode` is used for in old pickles: bytes written as text."""
+    """Does what old pickles use `_codecs.encode` for: bytes written as text."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
     return text.encode("latin1")
@@ -84,7 +84,7 @@ TENSORS: dict[str, Any] = {
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """The interpreter's own reader (the one in Python), with a closed list of names.
+    """Reads with the interpreter's own reader (the one in Python) and a closed list of names.
 
     Subclasses set `allowed` ("module.name" -> what it gives) and `inert_packages` (top packages
     whose every name gives an `Inert`).
@@ -115,8 +115,8 @@ class _CheckpointUnpickler(RestrictedUnpickler):
 
 
 class _CheckpointPickle:
-    """What `torch.load` wants of a pickle module. Storages it reads itself, from the zip file or,
-    before torch 1.6, from behind the pickle."""
+    """Has what `torch.load` wants of a pickle module. torch reads storages itself, from the zip
+    file or, before torch 1.6, from behind the pickle."""
 
     Unpickler = _CheckpointUnpickler
 
@@ -126,10 +126,10 @@ class _CheckpointPickle:
 
 
 def load_foreign_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a file of `torch.save`, tensors real (on the CPU), other objects inert.
+    """Reads the dict in a file of `torch.save`, tensors real (on the CPU), other objects inert.
 
-    For checkpoints that hold more than weights, so that `weights_only=True` refuses them; files
-    of either of torch's formats.
+    It serves checkpoints that `weights_only=True` does not read, since they hold more than
+    weights, in either of torch's formats.
 
     Raises:
         ValueError: not such a file, or it names something outside the closed list.
@@ -154,7 +154,7 @@ def load_foreign_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Such archives would be handed to `torch.jit.load`, which reads by rules of its own."""
+    """Returns whether torch would hand the file to `torch.jit.load`, which has its own rules."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

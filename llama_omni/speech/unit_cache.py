@@ -1,12 +1,12 @@
-"""Units on disk: a folder of jsonl shards, which any number of processes append to.
+"""Keeps units on disk: a folder of jsonl shards, which any number of processes append to.
 
 Written by `quantizer.extract_units`, read by stage 2 through `load_unit_cache`. A line is one clip:
 
     {"path": "/data/a.wav", "size": 60844, "mtime_ns": 1763700000000000000, "units": [71, 4, 93]}
 
-`manifest.json` tells which quantizer made them. Every process writes a shard of its own, named
-anew each time, so that nothing is ever rewritten: a line that a killed process left half written
-is passed over and its clip done again, as is a clip whose audio has changed since.
+`manifest.json` names the quantizer that made them. Every process writes a shard of its own, under
+a new name each time, so that nothing is ever rewritten: a line that a killed process left half
+written is passed over and its clip done again, as is a clip whose audio has changed since.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class UnitCache:
-    """The cache in `folder`, made when it is not there, for units of one quantizer.
+    """Opens the cache in `folder`, made when it is not there, for units of one quantizer.
 
     Raises:
         ValueError: it holds units of another.
@@ -40,7 +40,7 @@ class UnitCache:
         if found is None:
             partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}"
             partial.write_text(json.dumps(identity, indent=2) + "\n", "utf-8")
-            partial.replace(folder / MANIFEST)  # whole or not at all; all ranks write the same
+            partial.replace(folder / MANIFEST)  # atomic; all ranks write the same
         elif found != identity:
             differing = [
                 f"{key} {found.get(key)} there, {identity.get(key)} here"
@@ -49,11 +49,11 @@ class UnitCache:
             ]
             raise ValueError(
                 f"{folder}: holds units of another quantizer ({'; '.join(differing)}). Give "
-                "another unit_cache_dir (--cache_dir), or delete this one to extract anew."
+                "another unit_cache_dir (--cache_dir), or delete this one to extract again."
             )
 
     def find_missing(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of `paths` (resolved) that have no units yet, or changed since."""
+        """Returns those of `paths` (resolved) that have no units yet, or changed since."""
         done = {_key(entry) for entry in read_entries(self.folder)}
         return [path for path in paths if _key(_describe(path)) not in done]
 
@@ -89,7 +89,7 @@ class Shard:
 
 
 def load_unit_cache(cache_dir: Path) -> dict[str, list[int]]:
-    """Units by str(resolved audio path). Clips whose audio changed since are left out, and said.
+    """Reads units by str(resolved audio path); a warning counts clips that changed, left out.
 
     Raises:
         FileNotFoundError: no cache there.
@@ -120,7 +120,7 @@ def load_unit_cache(cache_dir: Path) -> dict[str, list[int]]:
 
 
 def read_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of every shard."""
+    """Yields every whole line of every shard."""
     for shard in sorted(folder.glob("rank*.jsonl")):
         with shard.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
@@ -134,7 +134,7 @@ def read_entries(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What made the units in `folder`; None when there is no cache."""
+    """Reads what made the units in `folder`; None when there is no cache."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """A clip as it is now; sizes of -1 when it is not there, which matches no entry."""
+    """Describes a clip as it is now; sizes of -1, which match no entry, when it is not there."""
     try:
         stat = path.stat()
     except OSError:

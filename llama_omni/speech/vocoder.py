@@ -1,4 +1,4 @@
-"""Units -> speech: the unit HiFi-GAN of the paper, or the embedded voice where there is none.
+"""Makes speech of units by the unit HiFi-GAN of the paper, else by the embedded voice.
 
 Last in the data flow, used by `generate.py` and `evaluate.py` through `load_voice`. The networks
 are in `code_hifigan.py` and `mel_voice.py`. The released vocoder is the file at VOCODER_URL, which
@@ -36,11 +36,11 @@ class Voice(Protocol):
     num_units: int
 
     def __call__(self, units: Sequence[int]) -> Tensor:
-        """(num_samples,) float32 on the CPU; empty for no units. ValueError: unknown unit."""
+        """Returns (num_samples,) float32 on the CPU; ValueError for an unknown unit."""
         ...
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """Pieces of waveform as units arrive; together those of the whole."""
+        """Yields pieces of waveform as units arrive; together they are the whole."""
         ...
 
 
@@ -50,7 +50,7 @@ def load_voice(
     kmeans_path: Path | None,
     device: torch.device | str = "cpu",
 ) -> Voice:
-    """The HiFi-GAN at `vocoder_path` when given, else the embedded voice of log-mel centres.
+    """Loads the HiFi-GAN at `vocoder_path` when given, else the voice of log-mel centroids.
 
     Args:
         vocoder_path: the checkpoint with config.json beside it, or the folder of both.
@@ -82,7 +82,7 @@ def load_voice(
 
 
 def load_vocoder(path: Path) -> CodeHiFiGAN:
-    """The vocoder in evaluation mode, weight norm fused, from a checkpoint or the folder of one.
+    """Loads a vocoder for evaluation, weight norm fused, from a checkpoint or the folder of one.
 
     Raises:
         FileNotFoundError: no checkpoint or no config.json.

@@ -95,7 +95,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_tokenizer(texts: Iterable[str] = (), vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Llama 3's special tokens, merges learned from `texts`.
+    """Builds a byte-level BPE tokenizer with Llama 3's special tokens, merges learned from `texts`.
 
     `main` gives it the prompt alone: prompts are short then, and answers mostly a token a letter.
     """

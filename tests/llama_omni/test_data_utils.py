@@ -83,7 +83,7 @@ def test_stage_1_sample_is_a_record(
     sample = dataset[0]
     # 0.5 s: 50 frames -> 25 -> 5 tokens; 0.9 s: 90 -> 45 -> 9 tokens.
     assert [mel.shape for mel in sample.mels] == [(80, 50), (80, 90)]
-    expected = tokenize_conversation(records[0].turns, [5, 9], tokenizer, labelled="all")
+    expected = tokenize_conversation(records[0].turns, [5, 9], tokenizer, labeled="all")
     assert (sample.input_ids, sample.labels) == expected
     assert sample.tgt_units is None
     assert torch.equal(dataset[0].mels[0], sample.mels[0])  # nothing random
@@ -95,12 +95,12 @@ def test_stage_2_expands_turns_and_takes_the_last_ones_units(
     extractor: WhisperFeatureExtractor,
 ) -> None:
     units = {str(records[0].turns[1].answer_speech_path): [8, 9, 8]}
-    dataset = make_dataset(records, tokenizer, extractor, labelled="last", units=units)
+    dataset = make_dataset(records, tokenizer, extractor, labeled="last", units=units)
     assert [dataset[i].tgt_units for i in range(len(dataset))] == [[5, 6], [8, 9, 8], [7]]
     first, second, third = (dataset[i] for i in range(3))
     turns = records[0].turns
-    assert first.labels == tokenize_conversation(turns[:1], [5], tokenizer, labelled="last")[1]
-    assert second.labels == tokenize_conversation(turns, [5, 9], tokenizer, labelled="last")[1]
+    assert first.labels == tokenize_conversation(turns[:1], [5], tokenizer, labeled="last")[1]
+    assert second.labels == tokenize_conversation(turns, [5, 9], tokenizer, labeled="last")[1]
     assert [len(sample.mels) for sample in (first, second, third)] == [1, 2, 1]
     with pytest.raises(IndexError):
         dataset[3]
@@ -114,8 +114,8 @@ def test_answers_without_units_stop_at_once(
     extractor: WhisperFeatureExtractor,
 ) -> None:
     with pytest.raises(ValueError, match=r"data\.jsonl:1: no units .*a\.wav"):
-        make_dataset(records, tokenizer, extractor, labelled="last", units={})
-    with pytest.raises(ValueError, match="labelled='last'"):
+        make_dataset(records, tokenizer, extractor, labeled="last", units={})
+    with pytest.raises(ValueError, match="labeled='last'"):
         make_dataset(records, tokenizer, extractor, units={})
 
 
@@ -129,7 +129,7 @@ def test_unit_paths_are_found_when_resolved(
     (tmp_path / "x").mkdir()
     record = Record(tmp_path, 1, (turn(tmp_path / "a.wav", answer_path=detour, units=(1,)),))
     units = {str((tmp_path / "a.wav").resolve()): [4]}
-    dataset = make_dataset([record], tokenizer, extractor, labelled="last", units=units)
+    dataset = make_dataset([record], tokenizer, extractor, labeled="last", units=units)
     assert dataset[0].tgt_units == [4]  # extracted ones before the record's own
 
 
@@ -139,7 +139,7 @@ def test_filler_has_nothing_to_learn(
     extractor: WhisperFeatureExtractor,
 ) -> None:
     records = records[1:]
-    dataset = make_dataset(records, tokenizer, extractor, labelled="last", units={})
+    dataset = make_dataset(records, tokenizer, extractor, labeled="last", units={})
     filler = dataset[-1]
     assert filler.input_ids == dataset[0].input_ids
     assert filler.labels == [X] * len(filler.input_ids)
@@ -157,7 +157,7 @@ def test_batch_padding_is_exact(
     extractor: WhisperFeatureExtractor,
 ) -> None:
     units = {str(records[0].turns[1].answer_speech_path): [8, 9, 8]}
-    dataset = make_dataset(records, tokenizer, extractor, labelled="last", units=units)
+    dataset = make_dataset(records, tokenizer, extractor, labeled="last", units=units)
     samples = [dataset[i] for i in (2, 1)]
     pad = pad_token_id(tokenizer)
     batch = collate(samples, pad_token_id=pad)

@@ -28,7 +28,7 @@ def test_a_copy_installs_and_trains(tiny: Tiny, tmp_path: Path) -> None:
 
     def run(*command: str | Path) -> str:
         done = subprocess.run(
-            [str(word) for word in command], cwd=copy, capture_output=True, text=True,
+            [str(argument) for argument in command], cwd=copy, capture_output=True, text=True,
             env=launch_env(PYTHONPATH=str(site), PYTHON=sys.executable), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -23,8 +23,16 @@ import torch
 from llama_omni.generate import load_omni_model
 from llama_omni.inference.answering import answer
 from llama_omni.speech.audio import load_audio
+from llama_omni.training.optimizer import LowPrecisionAdamW
 from llama_omni.units import main as units_main
-from tests.llama_omni.support.tiny import arguments, metrics, train, weights
+from tests.llama_omni.support.tiny import (
+    Tiny,
+    arguments,
+    assert_same_weights,
+    metrics,
+    train,
+    weights,
+)
 
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / "tests" / "reference" / "c64db93" / "llama_omni"
@@ -33,7 +41,7 @@ RESUMED_STEPS = [4, 5, 6]
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """The folder unpacked. A unit cache names clips by absolute path, size and time of change."""
+    """Unpacks the folder. A unit cache names clips by absolute path, size and time of change."""
     with tarfile.open(OLDER / "written.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     (shard,) = (tmp_path / "units").glob("rank*.jsonl")
@@ -47,7 +55,7 @@ def older(tmp_path: Path) -> Path:
 
 
 def resume(older: Path, name: str, **options: Any) -> Path:
-    """The older run's own options from its checkpoint of step 3 on; returns the new OUT."""
+    """Resumes the older run by its own options from its step 3; returns the new OUT."""
     out = older / f"{name}_again"
     given: dict[str, Any] = {
         "stage": 2, "data_path": older / "data" / "data.jsonl", "output_dir": out,
@@ -90,11 +98,36 @@ def test_8bit_moments_resume(older: Path) -> None:
     assert_goes_on(older / "out_8bit", again, rel=0.03)  # bf16: processors round differently
 
 
+def test_8bit_moments_of_convolutions_resume_bitwise(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained speech encoder's were in bf16 then, and stay so."""
+    create = LowPrecisionAdamW._init_state
+
+    def create_as_then(self: Any, param: torch.Tensor, state: dict[str, Any]) -> None:
+        monkeypatch.setattr(self, "eight_bit", param.ndim == 2)
+        create(self, param, state)
+        monkeypatch.setattr(self, "eight_bit", True)
+
+    options: dict[str, Any] = {
+        "bf16": True, "optimizer_precision": "8bit", "tune_speech_encoder": True, "max_steps": 4,
+        "save_strategy": "steps", "save_steps": 2, "save_total_limit": None,
+    }  # fmt: skip
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(LowPrecisionAdamW, "_init_state", create_as_then)
+        assert train(tiny.stage1(whole, **options)) == 0
+    checkpoint = whole / "checkpoint-2"
+    assert train(tiny.stage1(again, resume_from_checkpoint=checkpoint, **options)) == 0
+    assert metrics(again) == metrics(whole)[2:]
+    assert_same_weights(again / "final_model", whole / "final_model")
+
+
 def test_units_are_not_extracted_again(older: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kmeans, cache = older / "kmeans.safetensors", older / "units"
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
-    words = ["extract", older / "data" / "data.jsonl", "--kmeans_model_path", kmeans]
-    units_main([str(word) for word in [*words, "--cache_dir", cache, "--device", "cpu"]])
+    argv = ["extract", older / "data" / "data.jsonl", "--kmeans_model_path", kmeans]
+    units_main([str(argument) for argument in [*argv, "--cache_dir", cache, "--device", "cpu"]])
     assert capsys.readouterr().out.startswith("4 clips, ")
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
 
@@ -104,6 +137,6 @@ def test_a_final_model_answers_as_before(older: Path) -> None:
     folder = older / "out" / "final_model"
     assert (folder / "kmeans.safetensors").is_file()
     omni = load_omni_model(folder, device="cpu", dtype=torch.float32)
-    said = answer(omni, load_audio(older / "data" / "q0.wav"), max_new_tokens=8)
-    assert {"text": said.text, "units": said.units} == wanted
-    assert said.units
+    reply = answer(omni, load_audio(older / "data" / "q0.wav"), max_new_tokens=8)
+    assert {"text": reply.text, "units": reply.units} == wanted
+    assert reply.units

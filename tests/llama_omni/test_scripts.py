@@ -1,4 +1,4 @@
-"""The documented commands as documented, and what a user reads when an input is wrong."""
+"""Runs the documented commands, and reads the messages of wrong inputs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ TINY_OPTIONS = arguments(
 )
 
 
-def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
-    return launch(["bash", *map(str, words)], env={"PYTHON": sys.executable})
+def run_script(*argv: Any) -> subprocess.CompletedProcess[str]:
+    return launch(["bash", *map(str, argv)], env={"PYTHON": sys.executable})
 
 
 def test_both_stages_as_documented(tiny: Tiny, tmp_path: Path) -> None:
-    """From inside llama_omni/; the configs stay as they are; stage 2 finds stage 1's result."""
+    """They run inside llama_omni/; the configs stay as they are; stage 2 finds stage 1's result."""
     configs = {path: path.read_bytes() for path in (FOLDER / "configs").iterdir()}
     one, two = tmp_path / "one", tmp_path / "two"
     done = run_script(
@@ -85,8 +85,8 @@ def test_a_mistake_comes_out_of_the_script(tiny: Tiny, tmp_path: Path) -> None:
     ]
 
 
-def complaint(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one message of a run that must fail."""
+def error_of(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Returns the one message of a run that must fail."""
     capsys.readouterr()
     assert train(argv) in (1, 2)
     output = capsys.readouterr().err
@@ -98,10 +98,10 @@ def complaint(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_missing_data(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = tiny.stage1(tmp_path, data_path="no/such/data")
-    message = complaint(argv, tmp_path, capsys)
+    message = error_of(argv, tmp_path, capsys)
     assert "data_path='no/such/data': no such file or folder" in message
     (tmp_path / "empty").mkdir()
-    message = complaint(tiny.stage1(tmp_path, data_path=tmp_path / "empty"), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path, data_path=tmp_path / "empty"), tmp_path, capsys)
     assert str(tmp_path / "empty") in message
 
 
@@ -110,12 +110,12 @@ def test_wrong_json(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[st
     data = write_jsonl(tmp_path / "data.jsonl", records)
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0], lines[1][:-5], *lines[2:]]))
-    message = complaint(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
     assert f"{data}:2" in message
     assert "JSON" in message
     data = tmp_path / "data.json"
     data.write_text("[{]")
-    message = complaint(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
     assert str(data) in message
 
 
@@ -125,7 +125,7 @@ def test_zero_length_audio(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFix
     soundfile.write(tmp_path / "q2.wav", np.zeros(0, dtype=np.float32), 16000)
     (tmp_path / "q5.wav").unlink()
     data = write_jsonl(tmp_path / "data.jsonl", records)
-    message = complaint(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path / "out", data_path=data), tmp_path, capsys)
     assert f"{data}: 2 bad record(s)" in message
     assert "data.jsonl:3" in message
     assert "--skip_bad_records" in message
@@ -138,22 +138,22 @@ def test_stage_2_without_stage_1(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "stage1" / "final_model"
-    message = complaint(tiny.stage2(tmp_path, stage1_model_path=model), tmp_path, capsys)
+    message = error_of(tiny.stage2(tmp_path, stage1_model_path=model), tmp_path, capsys)
     assert "Run stage 1 first" in message
-    message = complaint(tiny.stage2(tmp_path, stage1_model_path=tiny.llama), tmp_path, capsys)
+    message = error_of(tiny.stage2(tmp_path, stage1_model_path=tiny.llama), tmp_path, capsys)
     assert "holds no Whisper encoder" in message
 
 
 def test_wrong_units(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kmeans = make_kmeans(tmp_path / "kmeans.safetensors", num_units=30)
     argv = tiny.stage2(tmp_path / "out", kmeans_model_path=kmeans)
-    message = complaint(argv, tmp_path, capsys)
+    message = error_of(argv, tmp_path, capsys)
     assert "unit_vocab_size=40" in message
     assert "30 units" in message
     records = copy_data(tiny, tmp_path)
     records[4]["tgt_units"] = "3 40"  # ids end at 39; no speech to extract them from again
     data = write_jsonl(tmp_path / "data.jsonl", records)
-    message = complaint(tiny.stage2(tmp_path / "out", data_path=data), tmp_path, capsys)
+    message = error_of(tiny.stage2(tmp_path / "out", data_path=data), tmp_path, capsys)
     assert "data.jsonl:5" in message
     assert "40" in message
 
@@ -161,20 +161,20 @@ def test_wrong_units(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_checkpoints_of_another_shape(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = complaint(tiny.stage1(tmp_path, mel_size=128), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path, mel_size=128), tmp_path, capsys)
     assert "mel_size=128" in message
     assert "Set mel_size to 80" in message
-    message = complaint(tiny.stage2(tmp_path, speech_encoder_ds_rate=4), tmp_path, capsys)
+    message = error_of(tiny.stage2(tmp_path, speech_encoder_ds_rate=4), tmp_path, capsys)
     assert "speech_encoder_ds_rate=4" in message
     assert "trained with 5" in message
     argv = tiny.stage1(
         tmp_path, speech_encoder_ds_rate=4, pretrain_speech_projector=tiny.stage1_model
     )
-    message = complaint(argv, tmp_path, capsys)
+    message = error_of(argv, tmp_path, capsys)
     assert "speech_projector.linear1.weight has shape (2048, 640)" in message
     other = tmp_path / "other"
     shutil.copytree(tiny.llama, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    message = complaint(tiny.stage1(tmp_path, model_name_or_path=other), tmp_path, capsys)
+    message = error_of(tiny.stage1(tmp_path, model_name_or_path=other), tmp_path, capsys)
     assert "built on a Llama" in message

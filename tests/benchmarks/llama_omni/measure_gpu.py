@@ -1,4 +1,4 @@
-"""Both stages at the real shape with random weights: speed, MFU and peak memory, beside the plan.
+"""Measures both stages at the real shape with random weights: speed, MFU and peak memory.
 
     python -m tests.benchmarks.llama_omni.measure_gpu OUT [--steps 40] [--stages 1,2] [--key value]
 
@@ -27,7 +27,7 @@ SKIPPED_STEPS = 10  # of warm-up
 
 
 def make_dataset(folder: Path, count: int, *, seed: int = 0) -> Path:
-    """Noise clips, answers of random digits and random units, lengths spread around the paper's."""
+    """Writes noise clips, answers of random digits and units; lengths spread around the paper's."""
     rng = random.Random(seed)
     noise = np.random.default_rng(seed)
     (folder / "wav").mkdir(parents=True, exist_ok=True)
@@ -51,20 +51,20 @@ def make_dataset(folder: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def write_kmeans(path: Path) -> None:
-    """Random log-mel centres: the records bring their units, so nothing is extracted with them."""
+    """Writes random log-mel centroids, which extract nothing: the records bring their units."""
     centroids = torch.randn(1000, 80)
     save_kmeans(path, KMeans(centroids=centroids, durations=torch.ones(1000), features="log_mel"))
 
 
-def run(*words: object) -> None:
-    command = [sys.executable, *map(str, words)]
+def run(*argv: object) -> None:
+    command = [sys.executable, *map(str, argv)]
     sys.stdout.write(f"$ {' '.join(command)}\n")
     sys.stdout.flush()
     subprocess.run(command, check=True, cwd=FOLDER)
 
 
 def report(out: Path) -> str:
-    """Means over the log lines after the warm-up."""
+    """Formats means over the log lines after the warm-up."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [m for m in lines if "train/loss" in m]
     lines = [m for m in lines if m["step"] > SKIPPED_STEPS] or lines

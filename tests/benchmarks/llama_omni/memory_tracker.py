@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """`peak` bytes while it is entered; `standing` tensors count from the start. An operator's own
-    scratch is not seen. FSDP2 frees and refills storages in place, hence the patched resize_."""
+    """Counts `peak` bytes while it is entered; `standing` tensors count from the start. An
+    operator's own scratch is not seen. FSDP2 resizes storages in place, so resize_ is patched."""
 
     def __init__(self, standing: Iterable[Any]) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     make demo FOLDER=llama_omni    (or, from the root: python -m tests.demos.llama_omni.demo)
 
 No pretrained encoder can be had offline, so the tiny Whisper is trained too
-(`tune_speech_encoder`); with real weights it stands still. In runs/demo/llama_omni are then the
+(`tune_speech_encoder`); with real weights it is frozen. In runs/demo/llama_omni are then the
 data, the models, the answers as wav files, loss.png and summary.json. Exit status 1 if it did not
 learn.
 """
@@ -37,39 +37,39 @@ MAX_UNIT_ERROR_RATE = 0.2
 
 @dataclass
 class Reply:
-    """What the model said to one held-out question."""
+    """Holds the model's answer to one held-out question."""
 
     question: str
     expected: str
-    said: str
-    said_to_silence: str
+    answer: str
+    answer_to_silence: str
     unit_error_rate: float
     has_voice: bool
     wav: str
 
     @property
     def is_right(self) -> bool:
-        return self.said == self.expected
+        return self.answer == self.expected
 
 
-def run(title: str, *words: str | Path, cwd: Path = FOLDER) -> None:
+def run(title: str, *argv: str | Path, cwd: Path = FOLDER) -> None:
     """Runs one command with its output shown, and says what it is."""
-    say(f"\n== {title}\n$ {' '.join(map(shown, words))}\n")
+    say(f"\n== {title}\n$ {' '.join(map(shown, argv))}\n")
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable if word == "python" else str(word) for word in words]
+    command = [sys.executable if part == "python" else str(part) for part in argv]
     result = subprocess.run(command, cwd=cwd, env=environment, check=False)
     if result.returncode:
         raise SystemExit(f"{title}: failed with exit status {result.returncode}")
 
 
-def shown(word: str | Path) -> str:
-    """Paths below the repository relative to it, as a reader would type them."""
-    return os.path.relpath(word, FOLDER) if isinstance(word, Path) else word
+def shown(part: str | Path) -> str:
+    """Returns paths below the repository relative to it, as a reader would type them."""
+    return os.path.relpath(part, FOLDER) if isinstance(part, Path) else part
 
 
 def say(text: str) -> None:
@@ -78,7 +78,7 @@ def say(text: str) -> None:
 
 
 def make_data() -> None:
-    """Spoken questions by a dozen voices, and the same by one that training never hears."""
+    """Makes spoken questions by a dozen voices, and the same by one that is not in training."""
     common = ["--distinct", str(NUM_QUESTIONS), "--phrasings", "1", "--seed", "0", "--workers", "2"]
     maker = ["python", "-m", "data.make_speech"]
     count = str(NUM_QUESTIONS * TAKES)
@@ -90,7 +90,7 @@ def make_data() -> None:
 
 
 def train_both_stages() -> None:
-    """The documented commands, with the demo's configs."""
+    """Runs the documented commands, with the demo's configs."""
     run(
         "a tiny model with random weights", "python", "-m", "llama_omni.tools.make_model",
         OUT / "model",
@@ -115,14 +115,14 @@ def train_both_stages() -> None:
 
 
 def ask_held_out() -> list[Reply]:
-    """Every held-out question, and silence of the same length."""
+    """Asks every held-out question, and silence of the same length."""
     import torch
+    from rapidfuzz.distance import Levenshtein
     from tqdm import tqdm
 
     from llama_omni.dataset.records import read_records
     from llama_omni.generate import load_omni_model
     from llama_omni.inference.answering import answer
-    from llama_omni.inference.metrics import edit_distance
     from llama_omni.speech.audio import load_audio, save_audio
     from llama_omni.speech.quantizer import load_quantizer
     from llama_omni.speech.vocoder import load_voice
@@ -149,9 +149,9 @@ def ask_held_out() -> list[Reply]:
             Reply(
                 question=turn.question,
                 expected=turn.answer,
-                said=reply.text,
-                said_to_silence=silence.text,
-                unit_error_rate=edit_distance(reply.units or [], target) / len(target),
+                answer=reply.text,
+                answer_to_silence=silence.text,
+                unit_error_rate=Levenshtein.distance(reply.units or [], target) / len(target),
                 has_voice=bool(reply.units),
                 wav=str(wav.relative_to(ROOT)),
             )
@@ -159,14 +159,15 @@ def ask_held_out() -> list[Reply]:
     return replies
 
 
-def judge(replies: list[Reply]) -> tuple[dict[str, Any], list[str]]:
-    """Numbers of the whole set, and what falls short."""
+def score(replies: list[Reply]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the numbers of the whole set, and what falls short."""
     right = [reply for reply in replies if reply.is_right]
     summary: dict[str, Any] = {
         "questions": len(replies),
         "distinct_answers": len({reply.expected for reply in replies}),
         "right": len(right) / len(replies),
-        "right_with_silence": sum(r.said_to_silence == r.expected for r in replies) / len(replies),
+        "right_with_silence": sum(r.answer_to_silence == r.expected for r in replies)
+        / len(replies),
         "unit_error_rate_when_right": (
             sum(reply.unit_error_rate for reply in right) / len(right) if right else 1.0
         ),
@@ -184,11 +185,11 @@ def judge(replies: list[Reply]) -> tuple[dict[str, Any], list[str]]:
         ),
         (summary["without_voice"] == 0, "some answers are blanks alone: no voice"),
     )
-    return summary, [complaint for is_met, complaint in demands if not is_met]
+    return summary, [error for is_met, error in demands if not is_met]
 
 
 def plot_losses(path: Path) -> None:
-    """Training and validation loss of both stages, side by side."""
+    """Plots training and validation loss of both stages, side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -216,15 +217,15 @@ def main() -> int:
     OUT.mkdir(parents=True)
     make_data()
     train_both_stages()
-    say("\n== questions by a voice it never heard\n")
+    say("\n== questions by a held-out voice\n")
     replies = ask_held_out()
-    summary, complaints = judge(replies)
+    summary, errors = score(replies)
     plot_losses(OUT / "loss.png")
     summary["minutes"] = (time.perf_counter() - started) / 60
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for reply in replies:
         mark = " " if reply.is_right else "!"
-        say(f"{mark} {reply.question:45s} {reply.said:25s} {reply.wav}\n")
+        say(f"{mark} {reply.question:45s} {reply.answer:25s} {reply.wav}\n")
     say(
         f"\nright: {summary['right']:.0%} of {summary['questions']} questions with "
         f"{summary['distinct_answers']} distinct answers (with silence in place of the speech: "
@@ -233,9 +234,9 @@ def main() -> int:
         f"{summary['minutes']:.1f} minutes; wav files, loss.png and summary.json are in "
         f"{OUT.relative_to(ROOT)}\n"
     )
-    for complaint in complaints:
-        say(f"the demo failed: {complaint}\n")
-    return 1 if complaints else 0
+    for error in errors:
+        say(f"the demo failed: {error}\n")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

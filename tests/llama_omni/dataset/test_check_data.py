@@ -1,4 +1,4 @@
-"""The check before training: every fault by line, exit codes, and what only warns."""
+"""Checks a dataset before training: every fault by line, exit codes, and what only warns."""
 
 import json
 import subprocess
@@ -109,8 +109,8 @@ def test_token_limit_counts_prompt_speech_and_answer(root: Path) -> None:
         ([1, 2, 3], 3, None),
         ([1, 2, 3], 2, ("3 units need 3 frames, its text gives 2", False)),  # stretched: feasible
         ([1, 1, 2], 4, None),
-        ([1, 1, 2], 3, ("3 units with 1 equal neighbours need 4 frames", True)),
-        ([1, 1, 2], 2, ("3 units with 1 equal neighbours need 4 frames", True)),
+        ([1, 1, 2], 3, ("3 units with 1 equal neighbors need 4 frames", True)),
+        ([1, 1, 2], 2, ("3 units with 1 equal neighbors need 4 frames", True)),
         ([1, 10], 50, ("unit 10 is outside unit_vocab_size=10", True)),
     ],
 )
@@ -140,7 +140,7 @@ def test_ctc_by_line_with_and_without_tokenizer(root: Path) -> None:
         found = scan(path, tokenizer=tokenizer)
         assert sorted(found) == [2, 3]
         assert found[2].startswith("warning: CTC-infeasible: 51 units need 51 frames")
-        assert found[3].startswith("CTC-infeasible: 26 units with 25 equal neighbours need 51")
+        assert found[3].startswith("CTC-infeasible: 26 units with 25 equal neighbors need 51")
     assert scan(path, stage=1) == {}
     assert scan(path, ctc_upsample_factor=26) == {}
     # A tokenizer that merges the letters into one token: fewer frames than the bound allows.
@@ -166,13 +166,13 @@ def test_command_lists_all_and_fails(root: Path, capsys: pytest.CaptureFixture[s
     assert main(["check", str(path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines[:8]] == [f"{path}:{n}" for n in range(2, 10)]
-    for line, words in zip(
+    for line, part in zip(
         lines,
         ("not valid JSON", "empty", "missing", "not readable", "too long", "CTC-inf", "missing",
          "outside unit_vocab_size"),
         strict=False,
     ):  # fmt: skip
-        assert words in line
+        assert part in line
     assert lines[8] == f"{path}: 9 records, 8 bad"
 
 

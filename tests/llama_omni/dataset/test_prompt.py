@@ -1,4 +1,4 @@
-"""The official prompt as exact ids and labels, and what must not be in it."""
+"""Tests the official prompt as exact ids and labels, and what must not be in it."""
 
 from pathlib import Path
 
@@ -37,13 +37,13 @@ def turn(answer: str = "Four.", *, question: str = "zyxwv") -> Turn:
 
 
 def ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """As the official code: the text on each side of <speech> on its own."""
+    """Tokenizes as the official code: the text on each side of <speech> on its own."""
     parts = [tokenizer(part, add_special_tokens=False).input_ids for part in text.split("<speech>")]
     return [token for part in parts for token in [SPEECH, *part]][1:]
 
 
 def test_exact_ids_and_labels_of_one_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    input_ids, labels = tokenize_conversation([turn()], [1], tokenizer, labelled="all")
+    input_ids, labels = tokenize_conversation([turn()], [1], tokenizer, labeled="all")
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Four."]
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert input_ids == [*ids(HEAD, tokenizer), *letters, eot]
@@ -53,21 +53,21 @@ def test_exact_ids_and_labels_of_one_turn(tokenizer: PreTrainedTokenizerFast) ->
 def test_prompt_equals_official_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """Tokenising the answer apart from the header gives what the official joint pass gives."""
     for answer in ("Four.", " Four\n", "4", "'s", "\u00e9l\u00e8ve \u4f60\u597d", "a\n\nb"):
-        found, _ = tokenize_conversation([turn(answer=answer)], [1], tokenizer, labelled="all")
+        found, _ = tokenize_conversation([turn(answer=answer)], [1], tokenizer, labeled="all")
         assert found == ids(f"{HEAD}{answer.strip()}<|eot_id|>", tokenizer)
     assert tokenizer.decode([i for i in found if i >= 0]).count("<|begin_of_text|>") == 1
 
 
-@pytest.mark.parametrize(("labelled", "is_first_learned"), [("all", True), ("last", False)])
+@pytest.mark.parametrize(("labeled", "is_first_learned"), [("all", True), ("last", False)])
 def test_exact_labels_of_two_turns(
-    tokenizer: PreTrainedTokenizerFast, labelled: str, is_first_learned: bool
+    tokenizer: PreTrainedTokenizerFast, labeled: str, is_first_learned: bool
 ) -> None:
     turns = [turn(answer="ab"), turn(answer="c")]
     input_ids, labels = tokenize_conversation(
         turns,
         [3, 2],
         tokenizer,
-        labelled=labelled,  # pyright: ignore[reportArgumentType]
+        labeled=labeled,  # pyright: ignore[reportArgumentType]
     )
     a, b, c, eot = (tokenizer.convert_tokens_to_ids(t) for t in ("a", "b", "c", "<|eot_id|>"))
     head = ids(HEAD.replace("<speech>", "<speech>" * 3), tokenizer)
@@ -79,7 +79,7 @@ def test_exact_labels_of_two_turns(
 
 def test_prompt_for_generation_is_a_prefix(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [turn(answer="ab"), turn(answer="c")]
-    whole, labels = tokenize_conversation(turns, [3, 2], tokenizer, labelled="last")
+    whole, labels = tokenize_conversation(turns, [3, 2], tokenizer, labeled="last")
     prompt = tokenize_prompt(turns[:1], [3, 2], tokenizer)
     assert whole[: len(prompt)] == prompt
     assert labels[len(prompt) - 1 : len(prompt) + 1] == [X, whole[len(prompt)]]
@@ -88,7 +88,7 @@ def test_prompt_for_generation_is_a_prefix(tokenizer: PreTrainedTokenizerFast) -
 
 def test_transcript_never_enters_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     asked = [turn(question=question) for question in ("zyxwv", "other", "")]
-    found = [tokenize_conversation([t], [2], tokenizer, labelled="all") for t in asked]
+    found = [tokenize_conversation([t], [2], tokenizer, labeled="all") for t in asked]
     assert found[0] == found[1] == found[2]
     assert "zyxwv" not in tokenizer.decode([i for i in found[0][0] if i >= 0])
 
@@ -96,7 +96,7 @@ def test_transcript_never_enters_the_prompt(tokenizer: PreTrainedTokenizerFast) 
 def test_markup_in_an_answer_stays_text(tokenizer: PreTrainedTokenizerFast) -> None:
     (eot,) = ids("<|eot_id|>", tokenizer)
     text = "say <|eot_id|> or <|finetune_right_pad_id|> or <speech>"
-    input_ids, labels = tokenize_conversation([turn(answer=text)], [1], tokenizer, labelled="all")
+    input_ids, labels = tokenize_conversation([turn(answer=text)], [1], tokenizer, labeled="all")
     answer = [label for label in labels if label != X]
     assert answer.count(eot) == 1
     assert answer[-1] == eot
@@ -134,4 +134,4 @@ def without_pad(pad_token: str | None) -> PreTrainedTokenizerFast:
 def test_tokenizer_of_another_family_is_refused() -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match="Llama 3 tokenizer"):
-        tokenize_conversation([turn()], [1], plain, labelled="all")
+        tokenize_conversation([turn()], [1], plain, labeled="all")

@@ -1,4 +1,4 @@
-"""The record reader: every format, every kind of bad record with its line, datasets as a whole."""
+"""Reads records: every format, every kind of bad record with its line, datasets as a whole."""
 
 import json
 import logging

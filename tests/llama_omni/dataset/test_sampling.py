@@ -1,4 +1,4 @@
-"""The order of samples: a pure function, complete in every epoch, the same for any split."""
+"""Orders samples: a pure function, complete in every epoch, the same for any split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make(num_samples: int = 20, **options: Any) -> MicroBatches:
 
 
 def global_batches(num_samples: int, *, size: int, world: int, accum: int) -> list[list[int]]:
-    """What all processes together read at each step, in the order of the global batch."""
+    """Returns what all processes together read at each step, in the order of the global batch."""
     shape: dict[str, Any] = {"micro_batch_size": size, "accum_steps": accum, "world_size": world}
     ranks = [list(make(num_samples, rank=rank, **shape)) for rank in range(world)]
     steps = []

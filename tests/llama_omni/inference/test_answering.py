@@ -25,8 +25,9 @@ from llama_omni.inference.answering import (
     join_parts,
 )
 from llama_omni.model.speech_generator import collapse_path, select_states
-from llama_omni.speech.audio import compute_mel, load_audio, num_speech_tokens, save_audio
+from llama_omni.speech.audio import load_audio, save_audio
 from llama_omni.speech.vocoder import Voice, load_voice
+from llama_omni.speech.whisper_mel import compute_mel, num_speech_tokens
 from tests.llama_omni.support.omni_checkpoint import NUM_UNITS, TEXTS, make_omni_checkpoint
 from tests.llama_omni.support.tiny import make_kmeans
 
@@ -53,7 +54,7 @@ def question(seconds: float = 0.6, *, seed: int = 0) -> Tensor:
 
 
 def as_batch(omni: Omni, waveform: Tensor, token_ids: list[int]) -> Batch:
-    """The training sample whose answer is `token_ids`."""
+    """Returns the training sample whose answer is `token_ids`."""
     mel = compute_mel(waveform, omni.features)
     prompt = tokenize_prompt([], [num_speech_tokens(mel.shape[1], ds_rate=5)], omni.tokenizer)
     return Batch(
@@ -68,7 +69,7 @@ def as_batch(omni: Omni, waveform: Tensor, token_ids: list[int]) -> Batch:
 def put_end_at(omni: Omni, position: int, waveform: Tensor) -> list[int]:
     """Changes the model so that its answer ends with <|eot_id|> at `position`; returns the answer.
 
-    The rows of two tokens change places in the output layer; neither occurs before.
+    The weights of two tokens change places in the output layer; neither occurs before.
     """
     tokens = [token for token, _ in run(omni, waveform, 12)]
     chosen, end = tokens[position], omni.tokenizer.eos_token_id
@@ -105,7 +106,7 @@ def test_states_are_those_of_teacher_forcing(tmp_path: Path, shift: bool, seed: 
 
 
 def test_prompt_is_the_sample_of_the_dataset(omni: Omni, tmp_path: Path) -> None:
-    """Also with an earlier turn, whose answer stands in the prompt."""
+    """The prompts are equal with an earlier turn too, whose answer stands in them."""
     for name, seconds in (("a", 0.5), ("b", 0.75)):
         save_audio(tmp_path / f"{name}.wav", question(seconds), sample_rate=16000)
     turns = tuple(
@@ -114,7 +115,7 @@ def test_prompt_is_the_sample_of_the_dataset(omni: Omni, tmp_path: Path) -> None
     )
     record = Record(tmp_path / "data.jsonl", 1, turns)
     dataset = SpeechInstructionDataset(
-        [record], omni.tokenizer, feature_extractor=omni.features, labelled="last"
+        [record], omni.tokenizer, feature_extractor=omni.features, labeled="last"
     )
     assert len(dataset) == 2
     for count in (1, 2):
@@ -143,10 +144,10 @@ def test_ends_at_eot_and_says_whether_it_was_cut(tmp_path: Path) -> None:
     omni = make_omni(tmp_path)
     waveform = question()
     expected = put_end_at(omni, 4, waveform)
-    said = answer(omni, waveform, max_new_tokens=12)
-    assert said.token_ids == expected
-    assert said.is_finished
-    assert "<|eot_id|>" not in said.text
+    reply = answer(omni, waveform, max_new_tokens=12)
+    assert reply.token_ids == expected
+    assert reply.is_finished
+    assert "<|eot_id|>" not in reply.text
     cut = answer(omni, waveform, max_new_tokens=3)
     assert cut.token_ids == expected[:3]
     assert not cut.is_finished
@@ -196,8 +197,8 @@ def test_speech_comes_while_text_is_made(omni: Omni, voice: Voice) -> None:
     assert len(with_audio) > 3
     times = [part.seconds for part in parts]
     assert times == sorted(times)
-    said = join_parts(omni, parts)
-    assert said.first_audio_seconds == parts[with_audio[0]].seconds
+    reply = join_parts(omni, parts)
+    assert reply.first_audio_seconds == parts[with_audio[0]].seconds
     check_chunks(parts, chunk_size=4)
 
 
@@ -215,9 +216,9 @@ def test_blanks_alone_give_no_speech(tmp_path: Path, voice: Voice) -> None:
     omni = make_omni(tmp_path)
     generator: Any = omni.model.speech_generator
     generator.output_proj.bias.data[generator.blank] = 1e4
-    said = answer(omni, question(), voice=voice, max_new_tokens=4)
+    reply = answer(omni, question(), voice=voice, max_new_tokens=4)
     streamed = answer_streaming(omni, question(), voice=voice, max_new_tokens=4)
-    for found in (said, join_parts(omni, streamed)):
+    for found in (reply, join_parts(omni, streamed)):
         assert found.units == []
         assert found.waveform is None
         assert found.first_audio_seconds is None
@@ -248,14 +249,14 @@ def test_pads_to_30_s_where_the_model_was_trained_so(tmp_path: Path, pads: bool 
     assert length - text_length == (5 if pads is False else 300)
 
 
-def test_refuses_what_cannot_be_answered(omni: Omni, voice: Voice, tmp_path: Path) -> None:
+def test_errors_of_what_cannot_be_answered(omni: Omni, voice: Voice, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"31\.0 s of speech, over the 30 s"):
         answer(omni, question(31.0))
     with pytest.raises(ValueError, match="too short"):
         answer(omni, question(0.03))
-    deaf = make_omni(tmp_path, has_generator=False)
-    assert answer(deaf, question(), max_new_tokens=3).units is None
+    mute = make_omni(tmp_path, has_generator=False)
+    assert answer(mute, question(), max_new_tokens=3).units is None
     with pytest.raises(ValueError, match="no speech generator"):
-        answer(deaf, question(), voice=voice)
+        answer(mute, question(), voice=voice)
     with pytest.raises(ValueError, match="no speech generator"):
-        next(iter(answer_streaming(deaf, question())))
+        next(iter(answer_streaming(mute, question())))

@@ -11,9 +11,10 @@ import torch
 from llama_omni.evaluate import main
 from llama_omni.generate import load_omni_model
 from llama_omni.inference.answering import answer
-from llama_omni.inference.metrics import LABELS, Result, edit_distance, summarise, word_error_rate
+from llama_omni.inference.metrics import LABELS, Result, summarize
+from llama_omni.inference.word_errors import word_error_rate
 from llama_omni.speech.audio import audio_duration, load_audio
-from llama_omni.speech.recognizer import Recogniser
+from llama_omni.speech.recognizer import Recognizer
 from tests.llama_omni.support.omni_checkpoint import NUM_UNITS, make_omni_checkpoint
 from tests.llama_omni.support.tiny import Tiny, make_audio, make_kmeans, write_jsonl
 
@@ -35,21 +36,21 @@ def records(model: Path, tmp_path: Path) -> list[dict[str, Any]]:
     for i in range(4):
         path = tmp_path / f"q{i}.wav"
         make_audio(path, seconds=0.5 + 0.1 * i, seed=i)
-        said = answer(omni, load_audio(path), max_new_tokens=MAX_NEW_TOKENS)
+        reply = answer(omni, load_audio(path), max_new_tokens=MAX_NEW_TOKENS)
         found.append(
             {
                 "speech_instruction_path": path.name,
                 "text_instruction": f"question {i}",
-                "text_response": said.text,
-                "tgt_units": said.units,
+                "text_response": reply.text,
+                "tgt_units": reply.units,
             }
         )
     return found
 
 
 def evaluate(model: Path, data: Path, out: Path, *options: str) -> int:
-    words = [str(model), str(data), "--output_dir", str(out), "--device", "cpu", *options]
-    return main([*words, "--max_new_tokens", str(MAX_NEW_TOKENS)])
+    argv = [str(model), str(data), "--output_dir", str(out), "--device", "cpu", *options]
+    return main([*argv, "--max_new_tokens", str(MAX_NEW_TOKENS)])
 
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -83,7 +84,7 @@ def test_counts_what_is_right_and_wrong(
     assert summary["asr_wer"] is None
     assert summary["first_audio_ms_median"] > 0
     seconds = sum(audio_duration(Path(result["wav"])) for result in results)
-    num_words = sum(len(result["said"].split()) for result in results)
+    num_words = sum(len(result["answer"].split()) for result in results)
     assert summary["words_per_second"] == pytest.approx(num_words / seconds)
     table = capsys.readouterr().out
     assert all(label in table for label in LABELS.values())
@@ -93,7 +94,7 @@ def test_counts_what_is_right_and_wrong(
 def test_expected_units_come_from_the_speech_where_they_can(
     model: Path, records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """As in training, before the record's own; the last record has the latter alone."""
+    """Extracted units come before the record's own; the last record has the latter alone."""
     from llama_omni.speech.quantizer import load_quantizer
 
     for record in records[:3]:
@@ -109,16 +110,16 @@ def test_expected_units_come_from_the_speech_where_they_can(
     assert all(result["wav"] is None for result in results)
 
 
-def test_speech_is_heard_by_a_recogniser(
+def test_speech_is_transcribed_by_a_recognizer(
     model: Path, records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """By default pocketsphinx, where it is installed; set against what the model said."""
+    """Pocketsphinx is the default where it is installed; its text is compared with the answer."""
     pytest.importorskip("pocketsphinx")
     data = write_jsonl(tmp_path / "data.jsonl", records[:2])
     assert evaluate(model, data, tmp_path / "out", "--chunk_size", "3") == 0
     summary, results = read(tmp_path / "out")
     assert summary["asr"] == "pocketsphinx en-us"
-    pairs = [(result["said"], result["recognised"]) for result in results]
+    pairs = [(result["answer"], result["recognized"]) for result in results]
     assert summary["asr_wer"] == word_error_rate(pairs, {})
     assert summary["exact_match"] == 1.0
     assert summary["unit_error_rate"] == 0.0
@@ -127,7 +128,7 @@ def test_speech_is_heard_by_a_recogniser(
 def test_answers_the_last_question_of_a_conversation(
     model: Path, records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """With the earlier turns in the prompt; a question to another answer is another prompt."""
+    """Earlier turns stand in the prompt: another earlier answer makes another prompt."""
     omni = load_omni_model(model, device="cpu", dtype=torch.float32)
 
     def conversation(first_answer: str) -> dict[str, Any]:
@@ -143,10 +144,10 @@ def test_answers_the_last_question_of_a_conversation(
     data = write_jsonl(tmp_path / "data.jsonl", [conversation("Four."), conversation("Red, blue.")])
     assert evaluate(model, data, tmp_path / "out", "--text_only") == 0
     _, results = read(tmp_path / "out")
-    assert results[0]["said"] != results[1]["said"]
+    assert results[0]["answer"] != results[1]["answer"]
     assert results[0]["question"] == "question 1"
     alone = answer(omni, load_audio(tmp_path / "q1.wav"), max_new_tokens=MAX_NEW_TOKENS)
-    assert alone.text not in (results[0]["said"], results[1]["said"])
+    assert alone.text not in (results[0]["answer"], results[1]["answer"])
 
 
 def test_leaves_out_bad_records_and_names_them(
@@ -169,7 +170,7 @@ def test_leaves_out_bad_records_and_names_them(
     assert "no usable record" in capsys.readouterr().err
 
 
-def test_a_stage_1_model_is_judged_by_its_text(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_stage_1_model_is_scored_by_its_text(tiny: Tiny, tmp_path: Path) -> None:
     assert evaluate(tiny.stage1_model, tiny.data, tmp_path / "out", "--limit", "2") == 0
     summary, results = read(tmp_path / "out")
     assert summary["num_records"] == len(results) == 2
@@ -186,9 +187,9 @@ def test_asked_for_what_is_missing(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In an installation without the extra, whatever asks for it is told its name."""
+    """Without the extra installed, whatever asks for it gets an error that names it."""
     data = write_jsonl(tmp_path / "data.jsonl", records[:1])
-    for module in ("speech.recognizer", "inference.metrics", "evaluate"):
+    for module in ("speech.recognizer", "speech.utmos", "inference.word_errors", "evaluate"):
         monkeypatch.setattr(f"llama_omni.{module}.is_installed", lambda package: False)
     for options in (["--asr", "pocketsphinx"], ["--asr", "whisper:x"], ["--utmos"]):
         assert evaluate(model, data, tmp_path / "out", *options) == 1
@@ -202,14 +203,14 @@ def test_asked_for_what_is_missing(
     assert evaluate(model, data, tmp_path / "out", "--asr", "siri") == 1
 
 
-def result(said: str, expected: str = "a", **changes: Any) -> Result:
+def result(answer: str, expected: str = "a", **changes: Any) -> Result:
     values: dict[str, Any] = {
         "source": "data.jsonl",
         "line": 1,
         "question_wav": "q.wav",
         "question": "",
         "expected": expected,
-        "said": said,
+        "answer": answer,
         "is_finished": True,
         "token_errors": 0,
         "num_expected_tokens": 1,
@@ -226,24 +227,24 @@ def test_summary_worked_out_by_hand() -> None:
         result(
             "One, two three!",
             expected="one two three",
-            recognised="one too three",
+            recognized="one too three",
             wav_seconds=2.0,
             utmos=3.0,
             first_audio_seconds=0.1,
         ),
-        result("Four.", expected="For", recognised="", units=[], unit_errors=1, is_finished=False),
+        result("Four.", expected="For", recognized="", units=[], unit_errors=1, is_finished=False),
         result("five", expected="five", wav_seconds=0.5, utmos=4.0, first_audio_seconds=0.4),
     ]
-    ears = Recogniser("ears", lambda waveform: "", {})
-    summary = summarise(results, ears)
+    recognizer = Recognizer("silent", lambda waveform: "", {})
+    summary = summarize(results, recognizer)
     assert summary["exact_match"] == pytest.approx(1 / 3)
     assert summary["exact_match_silence"] is None
-    # After normalising, "1 2 3" and "5" are right, "4" for "for" is not.
+    # After normalizing, "1 2 3" and "5" are right, "4" for "for" is not.
     assert summary["word_error_rate"] == word_error_rate(
         [("one two three", "One, two three!"), ("For", "Four."), ("five", "five")], {}
     )
     assert 0 < summary["word_error_rate"] < 1
-    assert summary["asr"] == "ears"
+    assert summary["asr"] == "silent"
     assert summary["finished_rate"] == pytest.approx(2 / 3)
     assert summary["blank_only_rate"] == pytest.approx(1 / 3)
     assert summary["unit_error_rate"] == pytest.approx(1 / 3)
@@ -254,30 +255,13 @@ def test_summary_worked_out_by_hand() -> None:
         value is None or not isinstance(value, float) or math.isfinite(value)
         for value in summary.values()
     )
-    empty = summarise([], None)
+    empty = summarize([], None)
     assert {key for key, value in empty.items() if value is not None} == {"num_records", "asr"}
 
 
 def test_word_error_rate_counts_all_pairs_together() -> None:
     pairs = [("The cat is big.", "the CAT is small"), ("Yes", "yes yes"), ("?!", "not counted")]
     assert word_error_rate(pairs, {}) == pytest.approx(2 / 5)  # a substitution and an insertion
-    assert word_error_rate([("colour", "color")], {"colour": "color"}) == 0.0
+    british, american = "colour", "color"  # codespell:ignore colour
+    assert word_error_rate([(british, american)], {british: american}) == 0.0
     assert word_error_rate([("", "x")], {}) is None
-
-
-def test_edit_distance() -> None:
-    assert edit_distance([], []) == 0
-    assert edit_distance([1, 2, 3], []) == 3
-    assert edit_distance([1, 2, 3], [2, 3, 4]) == 2
-    assert edit_distance(list(b"kitten"), list(b"sitting")) == 3
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        left, right, third = (
-            torch.randint(0, 4, (int(n),), generator=generator).tolist()
-            for n in torch.randint(0, 9, (3,), generator=generator)
-        )
-        assert edit_distance(left, right) == edit_distance(right, left)
-        assert edit_distance(left, right) <= edit_distance(left, third) + edit_distance(
-            third, right
-        )
-        assert (edit_distance(left, right) == 0) == (left == right)

@@ -1,4 +1,4 @@
-"""generate.py as a command: files it writes, checkpoints it takes, and what it refuses."""
+"""generate.py as a command: files it writes, checkpoints it takes, and its errors."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from tests.llama_omni.support.tiny import Tiny, launch, make_audio, make_kmeans
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With its k-means beside it, as stage 2 leaves it."""
+    """Makes a model with its k-means beside it, as stage 2 leaves it."""
     folder = make_omni_checkpoint(tmp_path_factory.mktemp("omni") / "final_model")
     make_kmeans(folder / "kmeans.safetensors", num_units=NUM_UNITS)
     return folder
@@ -30,8 +30,8 @@ def question(tmp_path: Path) -> Path:
 
 
 def generate(model: Path, *questions: Path, out: Path, options: str = "") -> int:
-    words = [str(model), *map(str, questions), "--output_dir", str(out), "--device", "cpu"]
-    return main([*words, "--max_new_tokens", "12", *options.split()])
+    argv = [str(model), *map(str, questions), "--output_dir", str(out), "--device", "cpu"]
+    return main([*argv, "--max_new_tokens", "12", *options.split()])
 
 
 def read_report(path: Path) -> dict[str, object]:
@@ -80,7 +80,7 @@ def test_a_stage_1_model_answers_in_text(
 
 
 @pytest.mark.parametrize("options", ["--streaming", "--kmeans {kmeans}", "--vocoder {kmeans}"])
-def test_a_stage_1_model_refuses_to_speak(
+def test_a_stage_1_model_cannot_speak(
     tiny: Tiny, question: Path, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = options.format(kmeans=tiny.kmeans)
@@ -105,7 +105,7 @@ def test_questions_are_checked_before_the_model_loads(
     save_audio(empty, torch.zeros(0), sample_rate=16000)
     text.write_text("not audio")
     nowhere = tmp_path / "no_model"
-    for path, said in {
+    for path, message in {
         tmp_path / "absent.wav": "no such audio file",
         long: "31.0 s of speech",
         empty: "0.0 s of speech",
@@ -114,7 +114,7 @@ def test_questions_are_checked_before_the_model_loads(
         assert generate(nowhere, path, out=tmp_path / "out") == 1
         error = capsys.readouterr().err
         assert str(path) in error
-        assert said in error
+        assert message in error
     (tmp_path / "again").mkdir()
     same_name = tmp_path / "again" / "question.wav"
     save_audio(same_name, torch.ones(8000), sample_rate=16000)
@@ -127,21 +127,21 @@ def test_names_what_the_voice_lacks(
 ) -> None:
     model = make_omni_checkpoint(tmp_path / "model")
     wrong = make_kmeans(tmp_path / "wrong.safetensors", num_units=NUM_UNITS + 1)
-    for options, said in {
+    for options, message in {
         "": "no voice to speak with",
         f"--kmeans {tmp_path / 'absent.safetensors'}": "absent.safetensors",
         f"--vocoder {tmp_path / 'absent'}": "absent",
         f"--kmeans {wrong}": f"{NUM_UNITS + 1} units",
     }.items():
         assert generate(model, question, out=tmp_path / "out", options=options) == 1
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_refuses_what_is_no_whole_omni_model(
+def test_errors_of_what_is_no_whole_omni_model(
     tiny: Tiny, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(tiny.llama, question, out=tmp_path / "out") == 1
-    assert "cannot hear" in capsys.readouterr().err
+    assert "without a speech encoder" in capsys.readouterr().err
     for part in ("speech_projector.linear1.weight", "layers.1.mlp.up_proj.weight"):
         folder = make_omni_checkpoint(tmp_path / part)
         drop_weights(folder, part)
@@ -158,7 +158,7 @@ def drop_weights(folder: Path, part: str) -> None:
 
 
 def test_takes_a_released_checkpoint(model: Path, question: Path, tmp_path: Path) -> None:
-    """Theirs has no feature extractor, and its config no encoder sizes and none of our own keys."""
+    """A released one has no feature extractor, no encoder sizes and none of our own config keys."""
     released = make_omni_checkpoint(tmp_path / "released", pad_audio_to_30s=True)
     config = json.loads((released / "config.json").read_text())
     for key in ("mel_size", "speech_encoder_layers", "pad_audio_to_30s"):
@@ -183,7 +183,7 @@ def test_weights_are_those_of_the_files(model: Path) -> None:
 
 
 def test_runs_as_a_script_in_its_folder(model: Path, question: Path, tmp_path: Path) -> None:
-    """Beside an evaluate.py, which is also the name of a package that others import."""
+    """An evaluate.py is beside it, which is also the name of a package that others import."""
     command = [sys.executable, "generate.py", str(model), str(question)]
     done = launch([*command, "--output_dir", str(tmp_path / "out"), "--max_new_tokens", "8"])
     assert done.returncode == 0, done.stderr

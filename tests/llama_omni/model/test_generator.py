@@ -1,4 +1,4 @@
-"""The speech generator: recorded official results, CTC values, alignment of states and frames."""
+"""Tests the speech generator: recorded official results, CTC values, states and frames."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_initial_loss_of_uniform_logits(num_units: int, expected: float) -> None
     """An answer of 41 states and 1000 units: values known from a computation of the paper's size.
 
     Also by counting: every path has probability 1001^-frames, and there are
-    C(frames + units, 2 units) paths of units without equal neighbours.
+    C(frames + units, 2 units) paths of units without equal neighbors.
     """
     frames = 41 * 25
     units = torch.arange(num_units)[None] % 1000
@@ -182,7 +182,7 @@ def test_more_units_than_frames_are_stretched(generator: SpeechGeneratorCTC) -> 
 
 
 def test_infeasible_answers_add_nothing_and_are_counted(generator: SpeechGeneratorCTC) -> None:
-    """Two states give six frames: 8 units are stretched, 8 with equal neighbours are impossible."""
+    """Two states give six frames: 8 units are stretched, 8 with equal neighbors are impossible."""
     hidden = torch.randn(3, 3, 24, requires_grad=True)
     labels = torch.tensor([[-100, 4, 5]] * 3)
     units = torch.tensor([[1, 2, 3] + [-100] * 5, list(range(8)), [1, 1, 2, 3, 4, 5, 6, 7]])

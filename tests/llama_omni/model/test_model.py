@@ -1,4 +1,4 @@
-"""The whole model: parity of the encoder, padding, losses, trainable sets, names, files."""
+"""Tests the whole model: parity of the encoder, padding, losses, trainable sets, names, files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ RELEASED_KEYS = {
 
 
 def build(argv: list[str]) -> Any:
-    """The model of a run in float32 on the CPU, weights loaded."""
+    """Builds the model of a run in float32 on the CPU, weights loaded."""
     config = load_config(argv)
     stage: Any = stage1_trainer if config.stage == 1 else stage2_trainer
     model, readers = stage.build_model(config, *stage.find_sources(config))
@@ -96,7 +96,7 @@ def batches(tiny: Tiny) -> list[Batch]:
     tokenizer = AutoTokenizer.from_pretrained(tiny.llama)
     features = WhisperFeatureExtractor.from_pretrained(tiny.whisper)
     dataset = SpeechInstructionDataset(
-        records, tokenizer, feature_extractor=features, labelled="last", units={}
+        records, tokenizer, feature_extractor=features, labeled="last", units={}
     )
     samples = [dataset[i] for i in (0, 3, 7)]
     pad = pad_token_id(tokenizer)

@@ -1,4 +1,4 @@
-"""Configs: unknown keys, types, refusals with their reasons, batch arithmetic, and how fast."""
+"""Configs: unknown keys, types, values that cannot work and why, batch arithmetic, and how fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llama_omni.options.config import FIELDS, TrainConfig, load_config
+from llama_omni.options.config import TYPES, TrainConfig, load_config
 from llama_omni.options.rules import validate_config
 
 FOLDER = Path(__file__).parents[3] / "llama_omni"
@@ -108,13 +108,13 @@ def write(folder: Path, content: Any) -> str:
 
 
 def test_every_key_of_the_source_document_is_known() -> None:
-    assert set(SOURCE_DOCUMENT_KEYS) <= set(FIELDS)
+    assert set(SOURCE_DOCUMENT_KEYS) <= set(TYPES)
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_parse(path: Path) -> None:
     config = load_config([str(path)])
-    assert set(json.loads(path.read_text())) <= set(FIELDS)
+    assert set(json.loads(path.read_text())) <= set(TYPES)
     config.grad_accum_steps(1)
 
 
@@ -200,7 +200,7 @@ def test_mistakes_in_the_file(tmp_path: Path, content: Any, parts: list[str]) ->
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"fp16": True}, ["fp16=True is refused", "overflows", "bf16"]),
+        ({"fp16": True}, ["fp16=True is unsupported", "overflows", "bf16"]),
         ({"version": "v1"}, ["version='v1'", "v0"]),
         ({"is_multimodal": False}, ["is_multimodal=False", "set it to true"]),
         ({"input_type": "raw"}, ["input_type='raw'", "log-mel"]),
@@ -241,12 +241,14 @@ def test_mistakes_in_the_file(tmp_path: Path, content: Any, parts: list[str]) ->
         ({"tune_speech_projector": True, "tune_speech_encoder": True}, ["the projector alone"]),
         ({"parallel": "deepspeed"}, ["needs --deepspeed FILE"]),
         ({"deepspeed": __file__, "parallel": "ddp"}, ["contradicts parallel='ddp'"]),
-        ({"deepspeed": __file__, "optimizer_precision": "8bit"}, ["refused with DeepSpeed"]),
+        ({"deepspeed": __file__, "optimizer_precision": "8bit"}, ["unsupported with DeepSpeed"]),
         ({"deepspeed": "nowhere.json"}, ["deepspeed='nowhere.json'", "no such file"]),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_refusals(options: dict[str, Any], changes: dict[str, Any], parts: list[str]) -> None:
+def test_values_that_cannot_work(
+    options: dict[str, Any], changes: dict[str, Any], parts: list[str]
+) -> None:
     validate_config(TrainConfig(**options))
     with pytest.raises(ValueError, match=r".") as caught:
         validate_config(TrainConfig(**options | changes, source="my.json"))
@@ -268,7 +270,7 @@ def test_refusals(options: dict[str, Any], changes: dict[str, Any], parts: list[
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_stage2_refusals(
+def test_unsupported_in_stage_2(
     stage2_options: dict[str, Any], changes: dict[str, Any], parts: list[str]
 ) -> None:
     validate_config(TrainConfig(**stage2_options))
@@ -278,7 +280,7 @@ def test_stage2_refusals(
         assert part in str(caught.value)
 
 
-def test_accelerates_first_fsdp_is_refused(
+def test_accelerates_first_fsdp_is_unsupported(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -303,7 +305,7 @@ def test_batch_arithmetic() -> None:
         both.grad_accum_steps(1)
 
 
-def test_mistakes_are_told_before_anything_heavy_loads() -> None:
+def test_mistakes_are_reported_before_anything_heavy_loads() -> None:
     script = (
         "import sys\n"
         "from llama_omni.train import main\n"

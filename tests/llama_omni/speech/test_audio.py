@@ -9,14 +9,8 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from llama_omni.speech.audio import (
-    audio_duration,
-    compute_mel,
-    load_audio,
-    num_mel_frames,
-    num_speech_tokens,
-    save_audio,
-)
+from llama_omni.speech.audio import audio_duration, load_audio, save_audio
+from llama_omni.speech.whisper_mel import compute_mel, num_mel_frames, num_speech_tokens
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ MODEL_SETTINGS = {
 
 
 def make_hubert(*, num_layers: int = 4, is_large: bool = False) -> Any:
-    """A tiny random HubertModel, of the base or (norm first, normalised input) the large kind."""
+    """A tiny random HubertModel, of the base or (norm first, normalized input) the large kind."""
     from transformers import HubertConfig, HubertModel
 
     config = HubertConfig(

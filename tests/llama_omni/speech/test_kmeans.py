@@ -1,4 +1,4 @@
-"""Centres: read from every file kind as scikit-learn would, and fitted as well as it does."""
+"""Centroids: read from every file kind as scikit-learn would, and fitted as well as it does."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_kmeans_files_with_clear_messages(tmp_path: Path, points: np.ndarray) ->
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"km.bin: not readable as k-means centres"):
+        with pytest.raises(ValueError, match=r"km.bin: not readable as k-means centroids"):
             read_kmeans(path)
     named = tmp_path / kmeans_module.KM1000_FILE
     named.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""The embedded voice: what it says is what was said, and streaming changes no sample."""
+"""Tests the embedded voice: it speaks the given units, and streaming changes no sample."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def units() -> list[int]:
 def speech() -> list[Tensor]:
     """Real sentences at 16 kHz; the last is held out where something is fitted."""
     pytest.importorskip("espeakng_loader")
-    from data.espeak import SAMPLE_RATE, synthesise
+    from data.espeak import SAMPLE_RATE, synthesize
 
     texts = [
         "The opposite of hot is cold.",
         "Seven plus nine is sixteen.",
         "The capital of France is Paris.",
-        "The colour of snow is white.",
+        "The color of snow is white.",
         "Three plus eight is eleven, and two plus five is seven.",
         "The opposite of night is day.",
         "Nine plus five is fourteen.",
     ]
-    spoken = [synthesise(text, voice="en-us", speed=160, pitch=50) for text in texts]
+    spoken = [synthesize(text, voice="en-us", speed=160, pitch=50) for text in texts]
     return [resample(torch.from_numpy(s / 32768.0).float(), SAMPLE_RATE, 16000) for s in spoken]
 
 
@@ -64,14 +64,14 @@ def test_mel_voice_says_what_was_said(speech: list[Tensor], fitted: KMeans) -> N
     ends = (fitted.durations[spoken_units].double().cumsum(0) + 0.5).floor().long().tolist()
     assert len(waveform) == ends[-1] * HOP
     assert abs(len(waveform) / len(speech[-1]) - 1) < 0.25  # the tempo is kept
-    said = torch.stack([spoken[a:b].mean(0) for a, b in pairwise([0, *ends])])
+    decoded = torch.stack([spoken[a:b].mean(0) for a, b in pairwise([0, *ends])])
     meant = torch.stack([run.mean(0) for run in original.split(lengths.tolist())])
 
     def correlation(a: Tensor, b: Tensor) -> float:
         return float(torch.corrcoef(torch.stack([(x - x.mean(0)).flatten() for x in (a, b)]))[0, 1])
 
-    by_chance = correlation(said[torch.randperm(len(said))], meant)
-    assert correlation(said, meant) > 0.8
+    by_chance = correlation(decoded[torch.randperm(len(decoded))], meant)
+    assert correlation(decoded, meant) > 0.8
     assert abs(by_chance) < 0.3
 
 

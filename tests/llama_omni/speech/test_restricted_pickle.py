@@ -1,4 +1,4 @@
-"""Foreign pickles are read as data: what would run code is refused by name, and nothing runs."""
+"""Foreign pickles are read as data: what would run code is named, and nothing runs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_hostile_object_array_is_refused(tmp_path: Path) -> None:
 
 
 def test_name_with_dots_reaches_nothing(tmp_path: Path) -> None:
-    """Protocol 4 lets a name go on into attributes: collections.OrderedDict.__init__..."""
+    """Protocol 4 lets a name continue into attributes: collections.OrderedDict.__init__..."""
     stream = io.BytesIO()
     stream.write(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93)R.")
     path = tmp_path / "dots.bin"

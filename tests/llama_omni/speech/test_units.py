@@ -1,4 +1,4 @@
-"""Units of speech: quantising, extraction that survives a kill, and the commands."""
+"""Units of speech: quantizing, extraction that survives a kill, and the commands."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_mhubert_units_and_kmeans_of_the_wrong_width(tmp_path: Path) -> None:
     save_kmeans(path, KMeans("mhubert", torch.randn(7, 768)))
     with pytest.raises(ValueError, match=r"k.safetensors: .*hubert_model_path \(--hubert\) is"):
         load_quantizer(path)
-    with pytest.raises(ValueError, match=r"centres are 768 wide, .*hubert are 32 wide. Give"):
+    with pytest.raises(ValueError, match=r"centroids are 768 wide, .*hubert are 32 wide. Give"):
         load_quantizer(path, hubert_path=hubert)
     features = load_hubert(hubert)
     waveform = torch.randn(2000)
@@ -254,7 +254,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = MiniBatchKMeans(4).fit(torch.randn(50, 6).numpy())
     joblib.dump(model, tmp_path / "km.bin")
     main(["convert", str(tmp_path / "km.bin"), str(tmp_path / "km.safetensors")])
-    assert "4 centres, 6 wide, over mhubert" in capsys.readouterr().out
+    assert "4 centroids, 6 wide, over mhubert" in capsys.readouterr().out
     assert (
         read_kmeans(tmp_path / "km.safetensors").digest == read_kmeans(tmp_path / "km.bin").digest
     )

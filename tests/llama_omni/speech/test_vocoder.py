@@ -1,4 +1,4 @@
-"""The unit HiFi-GAN: names, durations, files, and streaming equal to decoding all at once."""
+"""Tests the unit HiFi-GAN: names, durations, files, and streaming equal to decoding at once."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reach_is_what_gradients_show(config: dict[str, Any], reach: int | None)
     vocoder = make_vocoder(config).double()  # the outermost frames weigh about 1e-25
     middle, length = 30, 61
     x = torch.randn(1, length, config["embedding_dim"], dtype=torch.float64, requires_grad=True)
-    waveform = vocoder.synthesise(x)
+    waveform = vocoder.synthesize(x)
     assert len(waveform) == length * vocoder.hop
     for sample in (0, vocoder.hop - 1, slice(0, vocoder.hop)):
         frame = waveform[middle * vocoder.hop : (middle + 1) * vocoder.hop]
@@ -134,7 +134,7 @@ def test_streamed_equals_whole(units: list[int], sizes: list[int], config: dict[
 
 
 def test_cutting_without_context_would_differ(units: list[int]) -> None:
-    """As the official streaming does: the test above could tell."""
+    """The official streaming decodes so, and the test above would notice."""
     vocoder = make_vocoder()
     naive = torch.cat([vocoder(chunk) for chunk in cut(units, [20])])
     whole = vocoder(units)

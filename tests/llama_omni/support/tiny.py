@@ -1,4 +1,4 @@
-"""What tests train on: tiny real models and a few spoken records, made once a session.
+"""Makes what tests train on, once a session: tiny real models and a few spoken records.
 
 `conftest.py` offers `make_tiny` as the fixture `tiny`. Runs are the user's own commands: `train`
 calls train.py's main in this process, `launch` starts it as a program.
@@ -57,7 +57,7 @@ class Tiny:
     stage1_model: Path  # a stage-1 result of one step
 
     def stage1(self, out: Path, **options: Any) -> list[str]:
-        """The command line of a stage-1 run."""
+        """Returns the command line of a stage-1 run."""
         given = {
             "stage": 1,
             "data_path": self.data,
@@ -68,7 +68,7 @@ class Tiny:
         return arguments(COMMON | given | options)
 
     def stage2(self, out: Path, **options: Any) -> list[str]:
-        """The command line of a stage-2 run on the records' own units."""
+        """Returns the command line of a stage-2 run on the records' own units."""
         given = {
             "stage": 2,
             "data_path": self.data,
@@ -87,11 +87,11 @@ class Tiny:
 
 def arguments(options: dict[str, Any]) -> list[str]:
     """{"bf16": False, "run_name": None} -> ["--bf16", "false", "--run_name", "null"]."""
-    words: list[str] = []
+    argv: list[str] = []
     for key, value in options.items():
         text = "null" if value is None else str(value)
-        words += [f"--{key}", text.lower() if isinstance(value, bool) else text]
-    return words
+        argv += [f"--{key}", text.lower() if isinstance(value, bool) else text]
+    return argv
 
 
 def train(argv: list[str]) -> int:
@@ -197,7 +197,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def make_kmeans(path: Path, *, num_units: int = NUM_UNITS) -> Path:
-    """Random centres over log-mel frames in the format of speech/kmeans.py."""
+    """Writes random centroids over log-mel frames in the format of speech/kmeans.py."""
     from llama_omni.speech.kmeans import KMeans, save_kmeans
 
     centroids = torch.randn(num_units, 80, generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def make_tiny(root: Path) -> Tiny:
 
 
 def copy_data(tiny: Tiny, folder: Path) -> list[dict[str, Any]]:
-    """The session's wav files in `folder`, for records that a test is going to change."""
+    """Copies the session's wav files to `folder`, for records that a test is going to change."""
     for path in tiny.root.glob("*.wav"):
         shutil.copy(path, folder)
     return [json.loads(line) for line in tiny.data.read_text().splitlines()]

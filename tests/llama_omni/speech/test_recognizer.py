@@ -1,4 +1,4 @@
-"""The judges of evaluate.py hear and score: the real programs, with what can be had offline."""
+"""Recognizers and UTMOS of evaluate.py: the real programs, with what can be had offline."""
 
 import math
 from pathlib import Path
@@ -16,23 +16,24 @@ from transformers import (
 )
 
 from llama_omni.speech.audio import resample
-from llama_omni.speech.recognizer import load_recogniser, load_utmos
+from llama_omni.speech.recognizer import load_recognizer
+from llama_omni.speech.utmos import load_utmos
 
 
-def test_pocketsphinx_hears_real_speech() -> None:
+def test_pocketsphinx_transcribes_real_speech() -> None:
     pytest.importorskip("pocketsphinx")
     pytest.importorskip("espeakng_loader")
-    from data.espeak import SAMPLE_RATE, synthesise
+    from data.espeak import SAMPLE_RATE, synthesize
 
-    recogniser = load_recogniser("pocketsphinx")
-    assert recogniser is not None
-    spoken = synthesise("One two three four five.", voice="en-us+m3", speed=160, pitch=50)
+    recognizer = load_recognizer("pocketsphinx")
+    assert recognizer is not None
+    spoken = synthesize("One two three four five.", voice="en-us+m3", speed=160, pitch=50)
     waveform = resample(torch.from_numpy(spoken / 32768).float(), SAMPLE_RATE, 16000)
-    heard = recogniser.hear(waveform)
-    assert heard == "one two three four five"
-    assert recogniser.hear(torch.zeros(0)) == ""
-    recogniser.hear(torch.randn(16000, generator=torch.Generator().manual_seed(0)))
-    assert recogniser.hear(waveform) == heard  # whatever it heard in between
+    text = recognizer.transcribe(waveform)
+    assert text == "one two three four five"
+    assert recognizer.transcribe(torch.zeros(0)) == ""
+    recognizer.transcribe(torch.randn(16000, generator=torch.Generator().manual_seed(0)))
+    assert recognizer.transcribe(waveform) == text  # whatever came in between
 
 
 WHISPER_TOKENS = (
@@ -105,21 +106,21 @@ def make_whisper(folder: Path, clips: dict[str, torch.Tensor]) -> None:
     WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
 
 
-def test_whisper_hears_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_whisper_transcribes_what_it_was_trained_on(tmp_path: Path) -> None:
     time = torch.arange(16000) / 16000
     clips = {
         "low": 0.3 * torch.sin(2 * math.pi * 220 * time),
         "top": 0.3 * torch.sin(2 * math.pi * 3000 * time),
     }
     make_whisper(tmp_path / "whisper", clips)
-    recogniser = load_recogniser(f"whisper:{tmp_path / 'whisper'}")
-    assert recogniser is not None
-    assert recogniser.name.startswith("whisper:")
-    assert [recogniser.hear(clip) for clip in clips.values()] == list(clips)
-    assert isinstance(recogniser.hear(clips["low"].repeat(33)), str)  # by pieces of 30 s
+    recognizer = load_recognizer(f"whisper:{tmp_path / 'whisper'}")
+    assert recognizer is not None
+    assert recognizer.name.startswith("whisper:")
+    assert [recognizer.transcribe(clip) for clip in clips.values()] == list(clips)
+    assert isinstance(recognizer.transcribe(clips["low"].repeat(33)), str)  # by pieces of 30 s
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no whole Whisper"):
-        load_recogniser(f"whisper:{tmp_path / 'empty'}")
+        load_recognizer(f"whisper:{tmp_path / 'empty'}")
 
 
 def test_utmos_scores_with_the_weights_of_the_file(tmp_path: Path) -> None:
