@@ -42,7 +42,7 @@ test-long: setup ## long repeats and fuzzing
 lock: ## compile requirements.lock from pyproject.toml (LOCK_FLAGS=--upgrade moves all versions)
 	@PYTHON="$(PYTHON)" sh .ci/setup.sh uv-only
 	$(PY) -m uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	    --python-version 3.11 --extra data --extra demo --extra eval --extra obstore --extra dev $(LOCK_FLAGS) \
+	    --python-version 3.11 --extra data --extra demo --extra eval --extra dev $(LOCK_FLAGS) \
 	    pyproject.toml --output-file requirements.lock
 
 clean: ## remove caches and what `make demo` made; keeps .venv and your own runs

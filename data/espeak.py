@@ -3,7 +3,7 @@
 The library comes from the `espeakng-loader` wheel (espeak-ng is GPL-3.0, so nothing outside `data/`
 imports it). Linux and macOS. No command of its own:
 
-    samples = synthesise("What is two plus three?", voice="en-gb+f2", speed=160, pitch=50)
+    samples = synthesize("What is two plus three?", voice="en-gb+f2", speed=160, pitch=50)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def validate_voice(voice: str) -> None:
         )
 
 
-def synthesise(text: str, *, voice: str, speed: int, pitch: int) -> np.ndarray:
+def synthesize(text: str, *, voice: str, speed: int, pitch: int) -> np.ndarray:
     """Speak one text. Returns int16 mono at SAMPLE_RATE, shape (num_samples,).
 
     The samples depend on the arguments alone. espeak-ng keeps state from one utterance to the next
@@ -103,7 +103,7 @@ def synthesise(text: str, *, voice: str, speed: int, pitch: int) -> np.ndarray:
 
 
 def _load_fresh() -> ctypes.CDLL:
-    """Load the library in its initial state; refuse when another copy of it is still loaded."""
+    """Load the library in its initial state; RuntimeError when another copy is still loaded."""
     import espeakng_loader
 
     path = espeakng_loader.get_library_path()
@@ -142,4 +142,4 @@ def _data_path() -> Path:
 
 def _check(status: int, what: str) -> None:
     if status != 0:
-        raise RuntimeError(f"espeak-ng refused {what} (status {status})")
+        raise RuntimeError(f"espeak-ng rejected {what} (status {status})")

@@ -27,17 +27,17 @@ Malta: Valletta, Croatia: Zagreb, Serbia: Belgrade, Slovakia: Bratislava, Estoni
 Latvia: Riga, Lithuania: Vilnius, Albania: Tirana, Afghanistan: Kabul, Sudan: Khartoum,
 Libya: Tripoli, Rwanda: Kigali, Mali: Bamako, Ukraine: Kyiv"""
 
-COLOURS = """the sky: blue, grass: green, snow: white, coal: black, a banana: yellow, blood: red,
+COLORS = """the sky: blue, grass: green, snow: white, coal: black, a banana: yellow, blood: red,
 a lemon: yellow, a tomato: red, a carrot: orange, milk: white, chocolate: brown, a pea: green,
-a strawberry: red, a raven: black, a polar bear: white, a flamingo: pink, an elephant: grey,
+a strawberry: red, a raven: black, a polar bear: white, a flamingo: pink, an elephant: gray,
 lavender: purple, a blueberry: blue, a frog: green, a fire engine: red, a pumpkin: orange,
 salt: white, a ruby: red, an emerald: green, a sapphire: blue, a daffodil: yellow, tar: black,
 cotton: white, a canary: yellow, ketchup: red, a pig: pink, an aubergine: purple, a swan: white,
-a cucumber: green, ash: grey, tree bark: brown, soil: brown, an amethyst: purple, butter: yellow,
-a cherry: red, rice: white, a tangerine: orange, a chestnut: brown, a dolphin: grey, jade: green,
+a cucumber: green, ash: gray, tree bark: brown, soil: brown, an amethyst: purple, butter: yellow,
+a cherry: red, rice: white, a tangerine: orange, a chestnut: brown, a dolphin: gray, jade: green,
 the sea: blue, candy floss: pink, liquorice: black, a violet: purple"""
 MIXTURES = """red and yellow: orange, blue and yellow: green, red and blue: purple,
-black and white: grey, red and white: pink, red and green: brown"""
+black and white: gray, red and white: pink, red and green: brown"""
 
 OPPOSITES = """hot: cold, big: small, up: down, day: night, black: white, fast: slow, high: low,
 open: shut, heavy: light, dark: bright, happy: sad, rich: poor, wet: dry, full: empty,
@@ -104,7 +104,7 @@ minutes are in an hour: 60, seconds are in a minute: 60, weeks are in a year: 52
 minutes are in half an hour: 30, hours are in half a day: 12, seasons are in a year: 4,
 fingers are on one hand: 5, toes do two feet have: 10, letters are in the alphabet: 26,
 players are in a football team: 11, planets go round the sun: 8, arms does an octopus have: 8,
-colours are in a rainbow: 7, cents are in a dollar: 100, years are in a century: 100,
+colors are in a rainbow: 7, cents are in a dollar: 100, years are in a century: 100,
 years are in a decade: 10, eggs are in a dozen: 12, strings does a violin have: 4,
 keys does a piano have: 88, squares are on a chess board: 64, cards of one suit are there: 13,
 days are in January: 31, days are in April: 30, days are in June: 30, days are in August: 31,

@@ -212,7 +212,7 @@ def _run(
 
 
 def _save_clip(clip: Clip, *, out: Path, audio: str, sample_rate: int) -> None:
-    samples = espeak.synthesise(clip.text, voice=clip.voice, speed=clip.speed, pitch=clip.pitch)
+    samples = espeak.synthesize(clip.text, voice=clip.voice, speed=clip.speed, pitch=clip.pitch)
     if sample_rate != espeak.SAMPLE_RATE:
         import soxr
 

@@ -1,4 +1,4 @@
-"""Make short H.264 videos of moving coloured shapes, each with its caption beside it.
+"""Make short H.264 videos of moving colored shapes, each with its caption beside it.
 
 shapes.py (what is shown) -> frames -> OUT/000/000000.mp4 and OUT/000/000000.txt. All is a function
 of the arguments: the same ones give the same bytes, whatever the number of workers.

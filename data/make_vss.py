@@ -2,7 +2,7 @@
 
 shapes.py (what is shown) and espeak.py (how it is said) -> OUT/01/{input.mp4, input.wav,
 output.wav, output.txt}, the layout of that folder's source document. The question decides which of
-three attributes is right, so neither the video nor the speech alone tells the answer. All is a
+three attributes is right, so neither the video nor the speech alone gives the answer. All is a
 function of the arguments: the same ones give the same bytes, whatever the number of workers.
 
     python -m data.make_vss OUT --count 600 --seed 0 --split train --workers 2
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import espeak, make_videos
 from data.make_videos import encode_video
 from data.shapes import (
-    COLOURS,
+    COLORS,
     DIRECTIONS,
     SHAPES,
     Combination,
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 
     from data.shapes import Scene
 
-FACTS_NAME = ".facts.json"  # hidden: for a judge, not for the trainer
+FACTS_NAME = ".facts.json"  # hidden: for an evaluator, not for the trainer
 FILE_NAMES = ("input.mp4", "input.wav", "output.wav", "output.txt")
 SPLITS = {"train": "train", "test": "held_out"}  # ours: that of `shapes.list_combinations`
 QUESTIONS = {  # the attribute of Combination that is asked for: wordings
-    "colour": (
-        "What colour is it?",
-        "Which colour do you see?",
-        "Tell me the colour.",
-        "What colour does it have?",
-        "Can you name the colour?",
+    "color": (
+        "What color is it?",
+        "Which color do you see?",
+        "Tell me the color.",
+        "What color does it have?",
+        "Can you name the color?",
     ),
     "shape": (
         "What shape is it?",
@@ -69,14 +69,14 @@ QUESTIONS = {  # the attribute of Combination that is asked for: wordings
         "Can you say where it goes?",
     ),
 }
-ANSWERS = {"colour": "it is {}", "shape": "it is a {}", "direction": "it moves {}"}
+ANSWERS = {"color": "it is {}", "shape": "it is a {}", "direction": "it moves {}"}
 VALUES = {
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "shape": SHAPES,
     "direction": tuple(DIRECTIONS)[:4],
 }
 # Parts of the picture. Shapes are larger than elsewhere and go less far: of few samples, eyes that
-# begin with nothing learn colours and directions in any size, shapes only over several patches.
+# begin with nothing learn colors and directions in any size, shapes only over several patches.
 RADII, TRAVELS = (0.20, 0.27), (0.32, 0.42)
 VOICES = {  # who asks; the test's variants, and two of its accents, are in no other voice
     "train": (
@@ -142,14 +142,14 @@ class Talk:
     kind: str  # a key of QUESTIONS
     question: str
     value: str  # the attribute that is asked for
-    answer: str  # the sentence that tells it
+    answer: str  # the sentence that gives it
     voice: str
     speed: int
     pitch: int
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a judge needs to know."""
+        """Return what an evaluator needs to know."""
         names = ("kind", "question", "value", "answer", "voice")
         shown = {name: getattr(self.scene, name) for name in Combination._fields}
         return {name: getattr(self, name) for name in names} | shown
@@ -158,7 +158,7 @@ class Talk:
 def talk_of(seed: int, index: int, *, split: str) -> Talk:
     """The sample of an index: a function of the arguments alone.
 
-    The kinds take turns, and in each kind its values do, so that guessing gets 1/8 of the colours,
+    The kinds take turns, and in each kind its values do, so that guessing gets 1/8 of the colors,
     1/5 of the shapes and 1/4 of the directions right, in both splits.
     """
     rng = random.Random(f"{seed}/vss/{split}/{index}")
@@ -185,7 +185,7 @@ def talk_of(seed: int, index: int, *, split: str) -> Talk:
 
 
 def list_answers() -> tuple[str, ...]:
-    """All sentences that are ever answered, for the grammar of a recogniser."""
+    """All sentences that are ever answered, for the grammar of a recognizer."""
     return tuple(ANSWERS[kind].format(value) for kind in QUESTIONS for value in VALUES[kind])
 
 
@@ -209,7 +209,7 @@ def make_vss(
 ) -> VssSet:
     """Write `count` samples and their facts under `out`; files that are already there are kept.
 
-    split: `test` has combinations of colour, shape and direction that `train` lacks, and other
+    split: `test` has combinations of color, shape and direction that `train` lacks, and other
     voices ask. A video has round(seconds * fps) frames. A larger count extends a set. workers > 1
     starts processes (spawned, so a script that calls this needs its `if __name__ == "__main__"`
     guard).
@@ -309,7 +309,7 @@ def _speak_answer(text: str) -> bytes:
 
 
 def _speak(text: str, voice: str, speed: int, pitch: int) -> bytes:
-    samples = espeak.synthesise(text, voice=voice, speed=speed, pitch=pitch)
+    samples = espeak.synthesize(text, voice=voice, speed=speed, pitch=pitch)
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, espeak.SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return encoded.getvalue()

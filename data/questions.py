@@ -3,7 +3,7 @@
 A group is a set of phrasings and the facts that fill them. The first phrasing of every group is the
 plainest one. Every question has one answer, every answer has one to about six words.
 
-    pairs = select_pairs(seed=0, distinct=48, categories=("colours", "capitals"), phrasings=1)
+    pairs = select_pairs(seed=0, distinct=48, categories=("colors", "capitals"), phrasings=1)
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def _world() -> list[Group]:
     capitals = ("What is the capital of {}?", "Name the capital city of {}.")
     countries = ("Which country has the capital {}?", "{} is the capital of which country?")
     continents = ("Which continent is {} in?", "Where in the world is {}?")
-    mixtures = ("What do you get if you mix {}?", "Which colour do {} make?")
-    colours = ("What colour is {}?", "Tell me the colour of {}.", "Do you know what colour {} is?")
+    mixtures = ("What do you get if you mix {}?", "Which color do {} make?")
+    colors = ("What color is {}?", "Tell me the color of {}.", "Do you know what color {} is?")
     kinds = ("What is {}?", "Can you tell me what {} is?")
     where = _members(facts.CONTINENTS)
     what = [(fields, _with_article(kind)) for fields, kind in _members(facts.KINDS)]
@@ -206,8 +206,8 @@ def _world() -> list[Group]:
         Group("capitals", capitals, _facts(facts.CAPITALS)),
         Group("capitals", countries, _swapped(facts.CAPITALS)),
         Group("continents", continents, where),
-        Group("colours", colours, _facts(facts.COLOURS)),
-        Group("colours", mixtures, _facts(facts.MIXTURES)),
+        Group("colors", colors, _facts(facts.COLORS)),
+        Group("colors", mixtures, _facts(facts.MIXTURES)),
         Group("kinds", kinds, what),
         Group("jobs", ("Who {}?", "What do you call someone who {}?"), _facts(facts.JOBS)),
         Group("tools", ("What do you need to {}?", "What helps to {}?"), _facts(facts.TOOLS)),

@@ -1,4 +1,4 @@
-"""Do videos show the colour and the direction that captions ask for?
+"""Do videos show the color and the direction that captions ask for?
 
     python -m data.read_videos VIDEOS CAPTIONS [--readings FILE]
 
@@ -20,16 +20,16 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from data.shapes import COLOURS, parse_caption, read_video
+from data.shapes import COLORS, parse_caption, read_video
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NUM_DIRECTIONS = 4
 CHANCE = {
-    "colour": 1 / len(COLOURS),
+    "color": 1 / len(COLORS),
     "direction": 1 / NUM_DIRECTIONS,
-    "both": 1 / len(COLOURS) / NUM_DIRECTIONS,
+    "both": 1 / len(COLORS) / NUM_DIRECTIONS,
 }
 
 
@@ -39,9 +39,9 @@ class Reading:
 
     name: str
     caption: str
-    colour: str
+    color: str
     direction: str
-    seen_colour: str | None
+    seen_color: str | None
     seen_direction: str | None
 
 
@@ -58,7 +58,7 @@ def read_videos(videos: Path, captions: Path) -> list[Reading]:
         caption = texts[path.stem].read_text("utf-8")
         asked = parse_caption(caption)
         seen = read_video(decode_video(path), directions=NUM_DIRECTIONS)
-        readings.append(Reading(path.stem, caption, asked.colour, asked.direction, *seen))
+        readings.append(Reading(path.stem, caption, asked.color, asked.direction, *seen))
     return readings
 
 
@@ -76,10 +76,10 @@ def shares(readings: Sequence[Reading], *, turned: int = 0) -> dict[str, float]:
     """How many are right; with `turned`, each held against the caption so many places on."""
     asked = [*readings[turned:], *readings[:turned]]
     pairs = list(zip(asked, readings, strict=True))
-    colour = [a.colour == r.seen_colour for a, r in pairs]
+    color = [a.color == r.seen_color for a, r in pairs]
     direction = [a.direction == r.seen_direction for a, r in pairs]
-    both = [c and d for c, d in zip(colour, direction, strict=True)]
-    named = {"colour": colour, "direction": direction, "both": both}
+    both = [c and d for c, d in zip(color, direction, strict=True)]
+    named = {"color": color, "direction": direction, "both": both}
     return {name: sum(right) / len(right) for name, right in named.items()}
 
 

@@ -1,12 +1,13 @@
-"""What the made videos show: moving coloured shapes, captions, and a detector that reads them.
+"""What the made videos show: moving colored shapes, captions, and a detector that reads them.
 
 (seed, index) -> scene_of -> Scene -> caption and render_scene, which `data/make_videos.py` writes.
-A judge goes the other way: parse_caption says what a text asks for, read_video what frames show.
+An evaluator goes the other way: parse_caption says what a text asks for, read_video what frames
+show.
 Lengths of a scene are fractions of the picture, so it can be drawn in any size and duration.
 
     scene = scene_of(0, 7, split="held_out")
     frames = render_scene(scene, width=96, height=64, num_frames=30)
-    assert read_video(frames) == (scene.colour, scene.direction)
+    assert read_video(frames) == (scene.color, scene.direction)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = {
+COLORS = {
     "red": (225, 20, 25),
     "orange": (255, 140, 0),
     "yellow": (245, 235, 20),
@@ -35,7 +36,7 @@ COLOURS = {
 }
 BACKGROUNDS = {
     "black": (8, 8, 8),
-    "grey": (95, 95, 95),
+    "gray": (95, 95, 95),
     "white": (235, 235, 235),
     "navy": (12, 18, 75),
 }
@@ -57,12 +58,12 @@ MARGIN = 1  # pixels between shape and border, so that the border shows the back
 MIN_SIDE = 32
 SPLITS = ("all", "train", "held_out")
 PHRASINGS = (
-    "{a} {colour} {shape} moves {direction} over a {background} background.",
-    "{a} {colour} {shape} moves {speed} {direction} over a {background} background.",
-    "On a {background} background, {a} {colour} {shape} moves {direction}.",
-    "The video shows {a} {colour} {shape} moving {direction} on a {background} background.",
-    "{a} {colour} {shape} glides {direction} {speed}. The background is {background}.",
-    "The background is {background}, and {a} {colour} {shape} travels {speed} {direction}.",
+    "{a} {color} {shape} moves {direction} over a {background} background.",
+    "{a} {color} {shape} moves {speed} {direction} over a {background} background.",
+    "On a {background} background, {a} {color} {shape} moves {direction}.",
+    "The video shows {a} {color} {shape} moving {direction} on a {background} background.",
+    "{a} {color} {shape} glides {direction} {speed}. The background is {background}.",
+    "The background is {background}, and {a} {color} {shape} travels {speed} {direction}.",
 )
 
 # The detector's limits, on values 0 to 255 and parts of the picture.
@@ -70,21 +71,21 @@ MIN_CONTRAST = 50  # a pixel that differs less from the border, in all channels,
 MIN_AREA = 0.005  # of the shorter side's square; a frame with fewer such pixels shows no shape
 MAX_AREA = 0.4  # of the picture; nor does one with more
 MIN_SHIFT = 0.08  # parts of the shorter side; the slowest scene shifts by 0.2
-MAX_COLOUR_DISTANCE = 90  # farther from all of COLOURS, a colour has no name
+MAX_COLOR_DISTANCE = 90  # farther from all of COLORS, a color has no name
 
 
 class Combination(NamedTuple):
     """What the split is decided by."""
 
-    colour: str
+    color: str
     shape: str
     direction: str
 
 
 class Attributes(NamedTuple):
-    """What a caption tells; `speed` is None where it does not tell it."""
+    """What a caption says; `speed` is None where it does not say it."""
 
-    colour: str
+    color: str
     shape: str
     direction: str
     background: str
@@ -95,7 +96,7 @@ class Attributes(NamedTuple):
 class Scene:
     """One video; `radius` and `travel` are parts of the picture, `place` of the room left."""
 
-    colour: str
+    color: str
     shape: str
     direction: str
     background: str
@@ -107,10 +108,10 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """One sentence or two with each attribute once; half of the phrasings tell the speed."""
+        """One sentence or two with each attribute once; half of the phrasings name the speed."""
         text = PHRASINGS[self.phrasing].format(
-            a="an" if self.colour[0] in "aeiou" else "a",
-            colour=self.colour,
+            a="an" if self.color[0] in "aeiou" else "a",
+            color=self.color,
             shape=self.shape,
             direction=self.direction,
             background=self.background,
@@ -131,7 +132,7 @@ def list_combinations(split: str = "all", directions: int = 4) -> tuple[Combinat
     if split not in SPLITS:
         raise ValueError(f"split={split}: choose from {', '.join(SPLITS)}")
     ways = _directions(directions)
-    combinations = itertools.starmap(Combination, itertools.product(COLOURS, SHAPES, ways))
+    combinations = itertools.starmap(Combination, itertools.product(COLORS, SHAPES, ways))
     return tuple(c for c in combinations if split == "all" or is_held_out(c) == (split != "train"))
 
 
@@ -153,11 +154,11 @@ def scene_of(seed: int, index: int, *, split: str = "all", directions: int = 4) 
 
 
 def parse_caption(text: str) -> Attributes:
-    """What a caption tells; raises ValueError unless it has each attribute exactly once."""
+    """Return what a caption says; raises ValueError unless it has each attribute exactly once."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())
-    told: dict[str, str | None] = {}
+    named: dict[str, str | None] = {}
     for field, known in (
-        ("colour", COLOURS),
+        ("color", COLORS),
         ("shape", SHAPES),
         ("direction", DIRECTIONS),
         ("background", BACKGROUNDS),
@@ -166,11 +167,11 @@ def parse_caption(text: str) -> Attributes:
         found = [word for word in words if word in known]
         if len(found) > 1 or (not found and field != "speed"):
             raise ValueError(
-                f"caption {text!r}: tells {len(found)} words for its {field}; "
+                f"caption {text!r}: has {len(found)} words for its {field}; "
                 f"it needs one of {', '.join(known)}"
             )
-        told[field] = found[0] if found else None
-    return Attributes(**told)  # pyright: ignore[reportArgumentType]
+        named[field] = found[0] if found else None
+    return Attributes(**named)  # pyright: ignore[reportArgumentType]
 
 
 def render_scene(scene: Scene, *, width: int, height: int, num_frames: int) -> np.ndarray:
@@ -188,18 +189,18 @@ def render_scene(scene: Scene, *, width: int, height: int, num_frames: int) -> n
         offsets.append(np.arange(length) + 0.5 - (start + move * times)[:, None])  # (T, length)
     x = offsets[0][:, None, :].astype(np.float32)  # (T, 1, W)
     y = offsets[1][:, :, None].astype(np.float32)  # (T, H, 1)
-    # A pixel that the edge runs through is mixed: its centre is less than half a pixel away.
+    # A pixel that the edge runs through is mixed: its center is less than half a pixel away.
     cover = np.clip(0.5 - _signed_distance(scene.shape, x, y, radius=radius), 0, 1)[..., None]
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    colour = np.array(COLOURS[scene.colour], np.float32)
-    return np.round(background + cover * (colour - background)).astype(np.uint8)
+    color = np.array(COLORS[scene.color], np.float32)
+    return np.round(background + cover * (color - background)).astype(np.uint8)
 
 
 def read_video(frames: np.ndarray, *, directions: int = 4) -> tuple[str | None, str | None]:
-    """(colour, direction) of what moves in (T, H, W, 3) uint8 frames; None where nothing is found.
+    """(color, direction) of what moves in (T, H, W, 3) uint8 frames; None where nothing is found.
 
-    Guessing gets 1/8 of the colours right, and 1/4 of the directions (1/8 with directions=8). It
-    looks at pixels that differ from the median of the border. Colour: the nearest of COLOURS to the
+    Guessing gets 1/8 of the colors right, and 1/4 of the directions (1/8 with directions=8). It
+    looks at pixels that differ from the median of the border. Color: the nearest of COLORS to the
     median of the half of them that differs most (edges are mixed). Direction: from their centroid
     in the first third of the frames to that in the last third. It does not read the shape.
     """
@@ -217,11 +218,11 @@ def read_video(frames: np.ndarray, *, directions: int = 4) -> tuple[str | None, 
     if not seen.any():
         return None, None
     strong = mask & (contrast >= np.median(contrast[mask]))
-    colour = _nearest_colour(np.median(values[strong], axis=0))
+    color = _nearest_color(np.median(values[strong], axis=0))
 
     third = max(1, num_frames // 3)
     if num_frames < 2 or not (seen[:third].any() and seen[-third:].any()):
-        return colour, None
+        return color, None
     area = np.maximum(area, 1)  # frames that are not seen are not used either
     x = (mask.sum(axis=1) @ np.arange(width)) / area  # (T,)
     y = (mask.sum(axis=2) @ np.arange(height)) / area
@@ -229,13 +230,13 @@ def read_video(frames: np.ndarray, *, directions: int = 4) -> tuple[str | None, 
         axis[-third:][seen[-third:]].mean() - axis[:third][seen[:third]].mean() for axis in (x, y)
     )
     if math.hypot(shift_x, shift_y) < MIN_SHIFT * min(width, height):
-        return colour, None
+        return color, None
     scores = {
         name: (shift_x * DIRECTIONS[name][0] + shift_y * DIRECTIONS[name][1])
         / math.hypot(*DIRECTIONS[name])
         for name in ways
     }
-    return colour, max(scores, key=scores.__getitem__)
+    return color, max(scores, key=scores.__getitem__)
 
 
 def _directions(number: int) -> tuple[str, ...]:
@@ -262,7 +263,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, *, radius: float)
     return np.minimum(level, upright)
 
 
-def _nearest_colour(rgb: np.ndarray) -> str | None:
-    distances = {name: math.dist(rgb, known) for name, known in COLOURS.items()}
+def _nearest_color(rgb: np.ndarray) -> str | None:
+    distances = {name: math.dist(rgb, known) for name, known in COLORS.items()}
     name = min(distances, key=distances.__getitem__)
-    return name if distances[name] <= MAX_COLOUR_DISTANCE else None
+    return name if distances[name] <= MAX_COLOR_DISTANCE else None

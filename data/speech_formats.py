@@ -83,7 +83,7 @@ def _released_items(
 ) -> list[dict[str, Any]]:
     items = []
     for index, turns in enumerate(conversations):
-        said = []
+        conversation = []
         for turn in turns:
             units = answer_units.get(turn.answer.path)
             unit_text = units and "".join(f"<{unit}>" for unit in units)
@@ -92,8 +92,10 @@ def _released_items(
                 ("gpt", turn.answer, unit_text),
             ):
                 speech = RELEASE_PREFIX + clip.path
-                said.append({"from": speaker, "speech": speech, "text": clip.text, "unit": unit})
-        items.append({"id": f"instruct_en_{index}", "conversation": said})
+                conversation.append(
+                    {"from": speaker, "speech": speech, "text": clip.text, "unit": unit}
+                )
+        items.append({"id": f"instruct_en_{index}", "conversation": conversation})
     return items
 
 

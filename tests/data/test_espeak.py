@@ -20,17 +20,17 @@ QUESTION = "What is the capital of France?"
 SAY = """
 import sys
 from data import espeak
-for text in ("Fifty-five.", "What colour is the sky?"):
-    espeak.synthesise(text, voice="en-gb", speed=150, pitch=40)
+for text in ("Fifty-five.", "What color is the sky?"):
+    espeak.synthesize(text, voice="en-gb", speed=150, pitch=40)
 for voice in sys.argv[2:]:
-    samples = espeak.synthesise(sys.argv[1], voice=voice, speed=160, pitch=50)
+    samples = espeak.synthesize(sys.argv[1], voice=voice, speed=160, pitch=50)
     sys.stdout.buffer.write(samples.tobytes())
 """
 
 
 @pytest.mark.parametrize("voice", [*QUESTION_VOICES, ANSWER_VOICE])
 def test_every_voice_speaks(voice: str) -> None:
-    samples = espeak.synthesise(QUESTION, voice=voice, speed=160, pitch=50)
+    samples = espeak.synthesize(QUESTION, voice=voice, speed=160, pitch=50)
     assert samples.dtype == np.int16
     assert 1.0 < len(samples) / espeak.SAMPLE_RATE < 3.0
     loudness = np.sqrt(np.mean((samples / 32768.0) ** 2))
@@ -41,14 +41,14 @@ def test_every_voice_speaks(voice: str) -> None:
 
 def test_voice_speed_and_pitch_are_heard() -> None:
     spoken = {
-        voice: espeak.synthesise(QUESTION, voice=voice, speed=160, pitch=50).tobytes()
+        voice: espeak.synthesize(QUESTION, voice=voice, speed=160, pitch=50).tobytes()
         for voice in [*QUESTION_VOICES, ANSWER_VOICE]
     }
     assert len(set(spoken.values())) == len(spoken)
 
     def fundamental(pitch: int) -> float:
         """Hz of the strongest repetition between 60 and 250 Hz in the middle of a vowel."""
-        samples = espeak.synthesise("moo", voice="en-gb", speed=80, pitch=pitch)
+        samples = espeak.synthesize("moo", voice="en-gb", speed=80, pitch=pitch)
         start = len(samples) // 2 - 1024
         vowel = samples[start : start + 2048].astype(float)
         repetition = np.correlate(vowel, vowel, "full")[2047:] / np.arange(2048, 0, -1)
@@ -56,8 +56,8 @@ def test_voice_speed_and_pitch_are_heard() -> None:
         return espeak.SAMPLE_RATE / (low + int(np.argmax(repetition[low:high])))
 
     assert fundamental(80) > 1.5 * fundamental(20)
-    slow = espeak.synthesise(QUESTION, voice="en-gb", speed=120, pitch=50)
-    fast = espeak.synthesise(QUESTION, voice="en-gb", speed=200, pitch=50)
+    slow = espeak.synthesize(QUESTION, voice="en-gb", speed=120, pitch=50)
+    fast = espeak.synthesize(QUESTION, voice="en-gb", speed=200, pitch=50)
     assert len(slow) > 1.3 * len(fast)
 
 
@@ -67,7 +67,7 @@ def test_speech_does_not_depend_on_what_was_said_before_or_when() -> None:
 
     def say(names: list[str]) -> bytes:
         spoken = {
-            name: espeak.synthesise(QUESTION, voice=name, speed=160, pitch=50) for name in names
+            name: espeak.synthesize(QUESTION, voice=name, speed=160, pitch=50) for name in names
         }
         return b"".join(spoken[name].tobytes() for name in voices)
 
@@ -85,4 +85,4 @@ def test_speech_does_not_depend_on_what_was_said_before_or_when() -> None:
 )
 def test_unknown_voices_are_refused(voice: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        espeak.synthesise("Red.", voice=voice, speed=160, pitch=50)
+        espeak.synthesize("Red.", voice=voice, speed=160, pitch=50)

@@ -185,7 +185,7 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
         (["--count", "0"], "count=0: must be 1 or more"),
         (["--count", "3", "--workers", "0"], "workers=0: must be 1 or more"),
         (["--count", "3", "--distinct", "99999"], "distinct=99999: the chosen categories"),
-        (["--count", "3", "--categories", "colour"], "categories: unknown colour; known: adj"),
+        (["--count", "3", "--categories", "color"], "categories: unknown color; known: adj"),
         (["--count", "3", "--phrasings", "0"], "phrasings=0: must be 1 or more"),
         (["--count", "3", "--voices", "en-us+zz"], "voice 'en-us+zz': unknown variant"),
         (["--count", "3", "--voices", ","], "voices: give at least one"),

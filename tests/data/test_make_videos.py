@@ -1,4 +1,4 @@
-"""data/make_videos.py: the same bytes for the same arguments, true colours, resumes, errors."""
+"""data/make_videos.py: the same bytes for the same arguments, true colors, resumes, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data import make_videos as make_videos_module
 from data.make_videos import encode_video, main, make_videos
 from data.shapes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     Combination,
     is_held_out,
     parse_caption,
@@ -82,14 +82,14 @@ def test_detector_reads_all_that_is_decoded(
         frames = decode(path)
         assert frames.shape == (15, height, width, 3)
         told = parse_caption(path.with_suffix(".txt").read_text())
-        assert told[:4] == (scene.colour, scene.shape, scene.direction, scene.background)
-        if read_video(frames) != (told.colour, told.direction):
+        assert told[:4] == (scene.color, scene.shape, scene.direction, scene.background)
+        if read_video(frames) != (told.color, told.direction):
             wrong.append(path)
     assert wrong == []
 
 
-def test_colours_survive_the_round_trip(tmp_path: Path) -> None:
-    for name, rgb in (COLOURS | BACKGROUNDS).items():
+def test_colors_survive_the_round_trip(tmp_path: Path) -> None:
+    for name, rgb in (COLORS | BACKGROUNDS).items():
         painted = np.tile(np.array(rgb, np.uint8), (8, 32, 48, 1))
         path = tmp_path / f"{name}.mp4"
         encode_video(path, painted, fps=15)
@@ -101,7 +101,7 @@ def test_colours_survive_the_round_trip(tmp_path: Path) -> None:
         path = tmp_path / f"{index}.mp4"
         encode_video(path, frames, fps=15)
         decoded = decode(path).astype(int)
-        for rgb, tolerance in ((COLOURS[scene.colour], 16), (BACKGROUNDS[scene.background], 4)):
+        for rgb, tolerance in ((COLORS[scene.color], 16), (BACKGROUNDS[scene.background], 4)):
             inside = (frames == np.array(rgb)).all(axis=-1)
             assert np.abs(np.median(decoded[inside], axis=0) - rgb).max() <= tolerance, scene
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from data import make_vss as make_vss_module
-from data.espeak import SAMPLE_RATE, synthesise, validate_voice
+from data.espeak import SAMPLE_RATE, synthesize, validate_voice
 from data.make_vss import (
     ANSWER_PITCH,
     ANSWER_SPEED,
@@ -74,13 +74,13 @@ def test_files_are_what_the_facts_say(tmp_path: Path) -> None:
     for name, fact in facts.items():
         frames = decode(tmp_path / name / "input.mp4")
         assert frames.shape == (16, 64, 64, 3)
-        assert read_video(frames) == (fact["colour"], fact["direction"])
+        assert read_video(frames) == (fact["color"], fact["direction"])
         assert (tmp_path / name / "output.txt").read_text() == fact["answer"] + "\n"
         assert fact[fact["kind"]] == fact["value"]
         assert fact["answer"].endswith(f" {fact['value']}")
         assert fact["question"] in QUESTIONS[fact["kind"]]
         samples, rate = soundfile.read(tmp_path / name / "output.wav", dtype="int16")
-        spoken = synthesise(
+        spoken = synthesize(
             fact["answer"], voice=ANSWER_VOICE, speed=ANSWER_SPEED, pitch=ANSWER_PITCH
         )
         assert rate == SAMPLE_RATE
@@ -88,7 +88,7 @@ def test_files_are_what_the_facts_say(tmp_path: Path) -> None:
         info = soundfile.info(tmp_path / name / "input.wav")
         assert 0.7 < info.duration < 3
         answers.add(fact["answer"])
-    assert answers == set(list_answers())  # colours take longest: 8 of them, every third sample
+    assert answers == set(list_answers())  # colors take longest: 8 of them, every third sample
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -107,9 +107,9 @@ def test_guessing_and_one_sense_alone_do_not_help(split: str) -> None:
     kinds: dict[tuple[str, ...], set[str]] = {}
     for talk in talks:
         scene = talk.scene
-        kinds.setdefault((scene.colour, scene.shape, scene.direction), set()).add(talk.kind)
+        kinds.setdefault((scene.color, scene.shape, scene.direction), set()).add(talk.kind)
     assert all(len(each) == 3 for each in kinds.values())
-    # No word of a question tells what is shown.
+    # No word of a question says what is shown.
     words = {word for each in QUESTIONS.values() for text in each for word in text.lower().split()}
     assert not words & {value for values in VALUES.values() for value in values}
 
@@ -119,7 +119,7 @@ def test_the_splits_share_neither_combinations_nor_voices(tmp_path: Path) -> Non
     for split in SPLITS:
         talks = [talk_of(0, index, split=split) for index in range(1500)]
         shown[split] = {
-            Combination(talk.scene.colour, talk.scene.shape, talk.scene.direction) for talk in talks
+            Combination(talk.scene.color, talk.scene.shape, talk.scene.direction) for talk in talks
         }
         assert {is_held_out(each) for each in shown[split]} == {split == "test"}
         assert {talk.voice for talk in talks} == set(VOICES[split])
@@ -140,7 +140,7 @@ def test_every_answer_has_a_codec_frame_for_each_letter_and_is_understood() -> N
     decoder.add_jsgf_string("answers", grammar)
     decoder.activate_search("answers")
     for text in list_answers():
-        speech = synthesise(text, voice=ANSWER_VOICE, speed=ANSWER_SPEED, pitch=ANSWER_PITCH)
+        speech = synthesize(text, voice=ANSWER_VOICE, speed=ANSWER_SPEED, pitch=ANSWER_PITCH)
         assert math.ceil(len(speech) * 16000 / SAMPLE_RATE / 960) >= len(text) + 4
         decoder.reinit_feat()
         decoder.start_utt()

@@ -53,8 +53,8 @@ def test_few_distinct_pairs_mix_categories_and_answers() -> None:
     assert len({pair.question for pair in pairs}) == 48
     assert len({pair.answer for pair in pairs}) == 48
     assert len({pair.category for pair in pairs}) == len(list_categories())
-    chosen = select_pairs(seed=0, categories=["colours", "opposites"])
-    assert {pair.category for pair in chosen} == {"colours", "opposites"}
+    chosen = select_pairs(seed=0, categories=["colors", "opposites"])
+    assert {pair.category for pair in chosen} == {"colors", "opposites"}
 
 
 def test_order_is_passes_over_all_pairs_and_a_prefix_of_a_longer_one() -> None:

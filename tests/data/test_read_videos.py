@@ -28,14 +28,14 @@ def test_right_videos_are_right_and_others_near_chance(
     main([str(made), str(made), "--readings", str(tmp_path / "readings.jsonl")])
     result = json.loads(capsys.readouterr().out)
     assert result["videos"] == 40
-    assert result["right"] == {"colour": 1.0, "direction": 1.0, "both": 1.0}
-    assert result["chance"] == CHANCE == {"colour": 0.125, "direction": 0.25, "both": 0.03125}
+    assert result["right"] == {"color": 1.0, "direction": 1.0, "both": 1.0}
+    assert result["chance"] == CHANCE == {"color": 0.125, "direction": 0.25, "both": 0.03125}
     other = result["against_another_caption"]
-    assert other["colour"] < 0.4
+    assert other["color"] < 0.4
     assert other["direction"] < 0.6
     lines = [json.loads(line) for line in (tmp_path / "readings.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [f"{n:06d}" for n in range(40)]
-    assert all(line["seen_colour"] in line["caption"] for line in lines)
+    assert all(line["seen_color"] in line["caption"] for line in lines)
 
 
 def test_each_mistake_counts_where_it_belongs(made: Path, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_each_mistake_counts_where_it_belongs(made: Path, tmp_path: Path) -> Non
         wrong = [frames[::-1], frames[:1].repeat(13, axis=0), frames * 0, frames][number % 4]
         encode_video(tmp_path / path.name, wrong, fps=15)
     right = shares(read_videos(tmp_path, made))
-    assert right == {"colour": 0.75, "direction": 0.25, "both": 0.25}
+    assert right == {"color": 0.75, "direction": 0.25, "both": 0.25}
 
 
 def test_messages(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

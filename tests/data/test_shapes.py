@@ -9,7 +9,7 @@ import pytest
 
 from data.shapes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     DIRECTIONS,
     MARGIN,
     MIN_CONTRAST,
@@ -35,7 +35,7 @@ def test_scenes_depend_on_their_arguments_alone() -> None:
     assert {scene.direction for scene in scenes} == {"left", "right", "up", "down"}
     assert {scene_of(3, i, directions=8).direction for i in range(300)} == set(DIRECTIONS)
     for field, known in (
-        ("colour", COLOURS),
+        ("color", COLORS),
         ("shape", SHAPES),
         ("background", BACKGROUNDS),
         ("speed", SPEEDS),
@@ -82,12 +82,12 @@ def test_unknown_choices_are_named() -> None:
 def test_parse_caption_inverts_every_caption() -> None:
     model = scene_of(0, 0)
     captions = set()
-    for number, (colour, shape, direction) in enumerate(list_combinations("all", 8)):
+    for number, (color, shape, direction) in enumerate(list_combinations("all", 8)):
         for phrasing, wording in enumerate(PHRASINGS):
             for place, background in enumerate(BACKGROUNDS):
                 scene = dataclasses.replace(
                     model,
-                    colour=colour,
+                    color=color,
                     shape=shape,
                     direction=direction,
                     background=background,
@@ -95,7 +95,7 @@ def test_parse_caption_inverts_every_caption() -> None:
                     phrasing=phrasing,
                 )
                 speed = scene.speed if "{speed}" in wording else None
-                told = (colour, shape, direction, background, speed)
+                told = (color, shape, direction, background, speed)
                 assert parse_caption(scene.caption) == told, scene.caption
                 captions.add(scene.caption)
     assert len(captions) == 320 * len(PHRASINGS) * len(BACKGROUNDS)
@@ -107,10 +107,10 @@ def test_parse_caption_inverts_every_caption() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("A circle moves left over a black background.", "tells 0 words for its colour"),
-        ("A red blue circle moves left over a black background.", "tells 2 words for its colour"),
-        ("A red circle moves over a black background.", "tells 0 words for its direction"),
-        ("A red circle moves left and up over a black wall.", "tells 2 words for its direction"),
+        ("A circle moves left over a black background.", "has 0 words for its color"),
+        ("A red blue circle moves left over a black background.", "has 2 words for its color"),
+        ("A red circle moves over a black background.", "has 0 words for its direction"),
+        ("A red circle moves left and up over a black wall.", "has 2 words for its direction"),
         ("", "it needs one of red, orange"),
     ],
 )
@@ -119,11 +119,11 @@ def test_other_texts_are_refused(text: str, message: str) -> None:
         parse_caption(text)
 
 
-def test_colours_are_far_apart_and_stand_out() -> None:
-    colours = np.array(list(COLOURS.values()))
-    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 999 * np.eye(len(colours))
+def test_colors_are_far_apart_and_stand_out() -> None:
+    colors = np.array(list(COLORS.values()))
+    distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + 999 * np.eye(len(colors))
     assert distances.min() > 90
-    contrast = np.abs(colours[:, None] - np.array(list(BACKGROUNDS.values()))).max(axis=-1)
+    contrast = np.abs(colors[:, None] - np.array(list(BACKGROUNDS.values()))).max(axis=-1)
     assert contrast.min() >= 2 * MIN_CONTRAST
 
 
@@ -160,10 +160,10 @@ def test_shape_stays_whole_and_moves_far_enough(width: int, height: int, num_fra
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_have_their_area_and_soft_edges(shape: str) -> None:
     scene = dataclasses.replace(
-        scene_of(0, 0), shape=shape, colour="red", background="black", radius=0.18
+        scene_of(0, 0), shape=shape, color="red", background="black", radius=0.18
     )
     frames = render_scene(scene, width=400, height=400, num_frames=3).astype(float)
-    low, high = BACKGROUNDS["black"][0], COLOURS["red"][0]
+    low, high = BACKGROUNDS["black"][0], COLORS["red"][0]
     cover = (frames[..., 0] - low) / (high - low)
     area = {
         "circle": np.pi,
@@ -184,13 +184,13 @@ def test_detector_reads_what_is_drawn(width: int, height: int, directions: int) 
     for index in range(100):
         scene = scene_of(5, index, directions=directions)
         frames = render_scene(scene, width=width, height=height, num_frames=6)
-        if read_video(frames, directions=directions) != (scene.colour, scene.direction):
+        if read_video(frames, directions=directions) != (scene.color, scene.direction):
             wrong.append(scene)
     assert wrong == []
 
 
 def test_detector_follows_the_pixels() -> None:
-    scene = dataclasses.replace(scene_of(0, 0), direction="up-left", colour="red")
+    scene = dataclasses.replace(scene_of(0, 0), direction="up-left", color="red")
     frames = render_scene(scene, width=96, height=64, num_frames=12)
     assert read_video(frames[::-1], directions=8) == ("red", "down-right")
     assert read_video(frames[:, ::-1], directions=8) == ("red", "down-left")
@@ -210,16 +210,16 @@ def test_detector_claims_no_direction_without_motion() -> None:
         assert read_video(faint)[1] is None
         scene = scene_of(2, index)
         still = render_scene(scene, width=96, height=64, num_frames=12)[:1].repeat(12, axis=0)
-        assert read_video(still) == (scene.colour, None)
-        assert read_video(still[:1]) == (scene.colour, None)
+        assert read_video(still) == (scene.color, None)
+        assert read_video(still[:1]) == (scene.color, None)
     empty = np.full((12, 64, 96, 3), 77, np.uint8)
     assert read_video(empty) == (None, None)
     filled = empty.copy()
-    filled[:, 2:-2, 2:-2] = COLOURS["red"]  # a picture in a frame is no shape
+    filled[:, 2:-2, 2:-2] = COLORS["red"]  # a picture in a frame is no shape
     assert read_video(filled) == (None, None)
 
 
-def test_detector_names_no_colour_that_is_not_in_the_palette() -> None:
+def test_detector_names_no_color_that_is_not_in_the_palette() -> None:
     scene = dataclasses.replace(scene_of(0, 0), background="black")
     frames = render_scene(scene, width=96, height=64, num_frames=12)
     whitened = np.where(frames.max(axis=-1, keepdims=True) > 100, 250, frames).astype(np.uint8)
