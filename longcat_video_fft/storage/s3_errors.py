@@ -1,13 +1,12 @@
 """What went wrong with a request to S3, and whether another attempt can help.
 
-Used by `s3_storage.py` alone. boto3 raises objects and obstore prose; both become a `Failure`,
-whose text has the status, S3's code and its message, and nothing of the rest of an answer: there
-S3 repeats the access key and what was signed.
+Used by `s3_storage.py` alone. What boto3 raises becomes a `Failure`, whose text has the status,
+S3's code and its message, and nothing of the rest of an answer: there S3 repeats the access key
+and what was signed.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 from botocore.exceptions import (
@@ -55,7 +54,7 @@ PASSING_STATUSES = (408, 429)
 class Failure(NamedTuple):
     """`passing`: another attempt may succeed. `changed`: the object was replaced meanwhile."""
 
-    kind: Literal["setup", "passing", "vanished", "denied", "beyond_end", "changed", "refused"]
+    kind: Literal["setup", "passing", "vanished", "denied", "beyond_end", "changed", "failed"]
     status: int | None  # None: no answer
     code: str
     text: str
@@ -65,21 +64,13 @@ def diagnose(error: Exception) -> Failure:
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         answer = error.response.get("Error", {})
-        return _judge(status, str(answer.get("Code", "")), str(answer.get("Message", "")))
+        return _classify(status, str(answer.get("Code", "")), str(answer.get("Message", "")))
     if isinstance(error, BotoCoreError) and not isinstance(error, PASSING_ERRORS):
         return Failure("setup", None, "", str(error))
-    text = str(error).partition("\n\nDebug source")[0]
-    status = re.search(r"non-2xx status code: (\d{3})", text)
-    if status:
-        code, message = (
-            found[1] if (found := re.search(rf"<{tag}>([^<]*)</{tag}>", text)) else ""
-            for tag in ("Code", "Message")
-        )
-        return _judge(int(status[1]), code, message)
-    return Failure("passing", None, "", text.strip() or type(error).__name__)
+    return Failure("passing", None, "", str(error).strip() or type(error).__name__)
 
 
-def _judge(status: int | None, code: str, message: str) -> Failure:
+def _classify(status: int | None, code: str, message: str) -> Failure:
     text = ", ".join(part for part in (str(status or ""), code, message) if part and part != "0")
     if code in SETUP_MISTAKES:
         kind = "setup"
@@ -88,12 +79,12 @@ def _judge(status: int | None, code: str, message: str) -> Failure:
     else:
         # A body is missing in some answers, so that the status must do.
         kinds = {401: "denied", 403: "denied", 404: "vanished", 412: "changed", 416: "beyond_end"}
-        kind = kinds.get(status, "refused")
+        kind = kinds.get(status, "failed")
     return Failure(kind, status, code, text)  # pyright: ignore[reportArgumentType]
 
 
 def describe_setup_mistake(failure: Failure) -> str:
-    """What is wrong and what to do, of a failed listing or one that concerns all requests."""
+    """Says what is wrong and what to do when a listing failed, or when all requests will fail."""
     if failure.code in SETUP_MISTAKES:
         wrong, remedy = SETUP_MISTAKES[failure.code]
         return f"{wrong} ({failure.text}). {remedy}"

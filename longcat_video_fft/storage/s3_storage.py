@@ -1,12 +1,7 @@
 """Lists and reads S3 and what speaks its protocol (R2, MinIO): `storage.py`'s part for buckets.
 
-boto3 finds the credentials and lists: obstore alters keys such as a//b and fails on a/./b. obstore
-reads where it is installed, in Rust, so that hundreds of reads at once do not wait for Python;
-else, and with `LONGCAT_NO_OBSTORE=1`, boto3 does. Nothing but `S3Storage._retry` decides what is
-tried again, and when. With `s3_clients.py` and `s3_errors.py`, the one place that knows S3.
-
-obstore's threads do not survive a fork: open the storage in the process that uses it, or pickle it
-to there.
+boto3 finds the credentials, lists and reads, one attempt a request: nothing but `S3Storage._retry`
+decides what is tried again, and when. With `s3_errors.py` the one place that knows S3.
 """
 
 from __future__ import annotations
@@ -18,23 +13,16 @@ import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
-from botocore.exceptions import BotoCoreError
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
-from longcat_video_fft.storage import s3_clients
-from longcat_video_fft.storage.s3_clients import (
-    CLIENT_ERRORS,
-    HAS_OBSTORE,
-    Body,
-    S3Options,
-    connect_boto3,
-    connect_obstore,
-    find_endpoint,
-    open_with_boto3,
-    open_with_obstore,
-)
 from longcat_video_fft.storage.s3_errors import describe_setup_mistake, diagnose
 from longcat_video_fft.storage.storage import (
     ObjectVanishedError,
@@ -47,8 +35,6 @@ from longcat_video_fft.storage.storage import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from obstore.store import S3Store as ObstoreClient
-
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -57,12 +43,29 @@ MAX_ATTEMPTS = 8
 MAX_CONNECT_ATTEMPTS = 3  # for the first request alone: an address that is wrong stays wrong
 BACKOFF_BASE_S = 0.2
 BACKOFF_CAP_S = 20.0
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0  # without a single byte
+ATTEMPT_TIMEOUT_S = 600.0  # of one attempt, whose body may trickle; the next one continues there
 PAGE_KEYS = 1000  # S3 gives no more
 LIST_THREADS = 32
+CHUNK_BYTES = 256 * 1024  # at most so much is lost when a body breaks off
 AWS_HOST = "amazonaws.com"
+CLIENT_ERRORS = (ClientError, BotoCoreError, ResponseParserError, OSError)
 
 # One of our own: a seeded run's random numbers must not depend on how often S3 was slow.
 _jitter = random.Random()
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Options:
+    """Says which bucket, and how to reach it. The keys count only where boto3 finds none."""
+
+    bucket: str
+    prefix: str = ""
+    region: str | None = None
+    endpoint_url: str | None = None
+    access_key_id: str | None = field(default=None, repr=False)
+    secret_access_key: str | None = field(default=None, repr=False)
 
 
 class _Page(NamedTuple):
@@ -72,15 +75,61 @@ class _Page(NamedTuple):
 
 
 def open_s3(options: S3Options, *, num_connections: int = 256) -> Storage:
-    """What is below a prefix of a bucket, after one cheap request that shows that it can be listed.
+    """Opens what is below a prefix of a bucket, after one cheap request that shows that it can be
+    listed.
 
     Raises:
         ValueError: no such bucket, credentials, permission, region, or no answer from the endpoint.
         StorageError: the endpoint answers, but with errors of its own only.
     """
+    if "LONGCAT_NO_OBSTORE" in os.environ:
+        logger.warning("LONGCAT_NO_OBSTORE no longer does anything: boto3 alone reads S3.")
     storage = S3Storage(options, num_connections=num_connections)
     storage.check()
     return storage
+
+
+def find_endpoint(options: S3Options) -> str | None:
+    """Returns the service's address, where not Amazon's; raises ValueError for a mistake in it."""
+    if not options.bucket:
+        raise ValueError("bucket is empty. Give the name of the bucket.")
+    if bool(options.access_key_id) != bool(options.secret_access_key):
+        raise ValueError("access_key_id and secret_access_key: give both, or neither.")
+    variables = (os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+    endpoint = next((found for found in (options.endpoint_url, *variables) if found), None)
+    if endpoint is None:
+        return None
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        # Not shown: it may hold a password.
+        raise ValueError("endpoint_url: give an address as https://host or https://host:port.")
+    return endpoint.rstrip("/")
+
+
+def connect(options: S3Options, endpoint: str | None, *, num_connections: int) -> Any:
+    """Makes a boto3 client of one attempt a request; raises ValueError without credentials."""
+    session = boto3.Session()
+    keys = {}
+    if session.get_credentials() is None:
+        if not options.access_key_id or not options.secret_access_key:
+            raise ValueError(
+                "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+                "for a profile of ~/.aws/credentials."
+            )
+        keys["aws_access_key_id"] = options.access_key_id
+        keys["aws_secret_access_key"] = options.secret_access_key
+    config = Config(
+        max_pool_connections=num_connections,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"total_max_attempts": 1},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        # Else each whole object's checksum is asked for, which not every service knows.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    region = options.region or session.region_name or "us-east-1"
+    return session.client("s3", region_name=region, endpoint_url=endpoint, config=config, **keys)
 
 
 class S3Storage:
@@ -95,24 +144,10 @@ class S3Storage:
         self.location = f"s3://{options.bucket}/{prefix}"
         endpoint = find_endpoint(options)
         try:
-            self.client, credentials = connect_boto3(
-                options, endpoint, num_connections=num_connections
-            )
+            self.client = connect(options, endpoint, num_connections=num_connections)
         except (BotoCoreError, ValueError) as error:
             raise ValueError(f"{self.location}: {error}") from error
         self.endpoint: str = self.client.meta.endpoint_url
-        self.obstore: ObstoreClient | None = None
-        # boto3 alone reads the user's certificates from AWS_CA_BUNDLE.
-        forbidden = os.environ.get("LONGCAT_NO_OBSTORE") == "1" or os.environ.get("AWS_CA_BUNDLE")
-        if HAS_OBSTORE and not forbidden:
-            self.obstore = connect_obstore(
-                options.bucket,
-                self.endpoint,
-                region=self.client.meta.region_name,
-                credentials=credentials,
-                num_connections=num_connections,
-            )
-        logger.info("%s: read with %s", self.location, "obstore" if self.obstore else "boto3")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Connections cannot be pickled: a process that is spawned makes its own."""
@@ -123,7 +158,7 @@ class S3Storage:
             return self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.root, MaxKeys=1)
 
         response = self._retry(request, key=None, opening=True)
-        # boto3 follows a bucket to its region by itself, obstore does not; and each read pays.
+        # boto3 follows a bucket to its region by itself, but each read pays for the detour.
         region = response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
         used = self.client.meta.region_name
         if region and region != used and AWS_HOST in self.endpoint:
@@ -178,17 +213,17 @@ class S3Storage:
         return self._read(key, start, start + num_bytes) if num_bytes else b""
 
     def _read(self, key: str, start: int, stop: int | None) -> bytes:
-        """What is there of [start, stop); to the end where `stop` is None."""
-        data = bytearray()  # outlives an attempt: the next one goes on behind it
+        """Reads what is there of [start, stop); to the end where `stop` is None."""
+        data = bytearray()  # outlives an attempt: the next one appends to it
         etag: str | None = None
 
         def request() -> bytes:
             nonlocal etag
             if stop is not None and start + len(data) >= stop:
                 return bytes(data)  # it broke off behind the last byte
-            deadline = time.monotonic() + s3_clients.ATTEMPT_TIMEOUT_S
+            deadline = time.monotonic() + ATTEMPT_TIMEOUT_S
             try:
-                body = self._open_body(key, start + len(data), stop, etag=etag)
+                response = self._open(key, start + len(data), stop, etag=etag)
             except CLIENT_ERRORS as error:
                 failure = diagnose(error)
                 if failure.kind == "beyond_end":
@@ -197,31 +232,37 @@ class S3Storage:
                     data.clear()
                     etag = None
                 raise
-            etag = body.etag
-            expected = len(data) + body.num_bytes
-            with closing(body.chunks):
-                for chunk in body.chunks:
+            etag = response.get("ETag")
+            expected = len(data) + response["ContentLength"]
+            with closing(response["Body"]) as body:  # half read, it must not return to the pool
+                while chunk := body.read(CHUNK_BYTES):
                     data.extend(chunk)
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"not whole after {s3_clients.ATTEMPT_TIMEOUT_S:g} s")
+                        raise TimeoutError(f"not whole after {ATTEMPT_TIMEOUT_S:g} s")
             if len(data) != expected:
                 raise ConnectionError(f"{len(data)} bytes came, {expected} were announced")
             return bytes(data)
 
         return self._retry(request, key=key)
 
-    def _open_body(self, key: str, start: int, stop: int | None, *, etag: str | None) -> Body:
-        """`etag`: what the bytes before were of; another object is refused then."""
-        key = self.root + key
-        if self.obstore is not None and not key.startswith("/"):
-            try:
-                return open_with_obstore(self.obstore, key, start=start, stop=stop, etag=etag)
-            except ValueError:
-                pass  # a key that obstore does not take, such as a//b
-        return open_with_boto3(self.client, self.bucket, key, start=start, stop=stop, etag=etag)
+    def _open(self, key: str, start: int, stop: int | None, *, etag: str | None) -> dict[str, Any]:
+        """Returns an answer whose body is still to be read. `etag` is that of the bytes before;
+        another object is an error then."""
+        arguments: dict[str, Any] = {"Bucket": self.bucket, "Key": self.root + key}
+        ranged = start > 0 or stop is not None
+        if ranged:
+            arguments["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        if etag:
+            arguments["IfMatch"] = etag
+        response = self.client.get_object(**arguments)
+        if ranged and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            response["Body"].close()
+            raise ValueError(f"{self.endpoint} answers a range with the whole object.")
+        return response
 
     def _retry(self, request: Callable[[], T], *, key: str | None, opening: bool = False) -> T:
-        """The one place where anything is tried again; `key` is None for a listing.
+        """Retries a request: the one place where anything is tried again; `key` is None for a
+        listing.
 
         Raises:
             ValueError, ObjectVanishedError, StorageError: see `Storage`.
@@ -240,10 +281,10 @@ class S3Storage:
                 raise StorageError(f"{name}: access denied ({failure.text})") from cause
             if failure.kind == "setup" or (key is None and failure.kind != "passing"):
                 mistake = describe_setup_mistake(failure)
-                # Without its cause: obstore's has S3's whole answer, with the access key in it.
+                # Without its cause, which holds S3's whole answer, with the access key in it.
                 raise ValueError(f"{self.location} at {self.endpoint}: {mistake}")
-            if failure.kind == "refused":
-                raise StorageError(f"{name}: refused ({failure.text})") from cause
+            if failure.kind == "failed":
+                raise StorageError(f"{name}: the request failed ({failure.text})") from cause
             if opening and failure.status is None and attempt >= MAX_CONNECT_ATTEMPTS:
                 raise ValueError(
                     f"{self.location}: {self.endpoint} cannot be reached ({failure.text}). "

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object: its key relative to the root, always with "/", and its size in bytes."""
+    """An object has a key relative to the root, always with "/", and a size in bytes."""
 
     key: str
     size: int
@@ -36,7 +36,7 @@ class StorageError(OSError):
 
 
 class Storage(Protocol):
-    """A root to read from; any number of threads may share one.
+    """A storage is a root to read from; any number of threads may share one.
 
     A mistake of set-up (no such bucket or folder, credentials, permission to list) raises
     ValueError from any of these methods.
@@ -44,15 +44,15 @@ class Storage(Protocol):
 
     @property
     def location(self) -> str:
-        """The folder, or s3://bucket/prefix; for messages."""
+        """Returns the folder, or s3://bucket/prefix; for messages."""
         ...
 
     def list_objects(self) -> Iterator[StoredObject]:
-        """Every object below the root, in no particular order, as they are found."""
+        """Yields every object below the root, in no particular order, as they are found."""
         ...
 
     def read(self, key: str) -> bytes:
-        """The whole object.
+        """Reads the whole object.
 
         Raises:
             ObjectVanishedError: it is not there.
@@ -61,7 +61,7 @@ class Storage(Protocol):
         ...
 
     def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
-        """The bytes from `start` on, fewer at the object's end; b"" at or beyond it.
+        """Reads the bytes from `start` on, fewer at the object's end; b"" at or beyond it.
 
         Raises:
             ObjectVanishedError: it is not there.
@@ -71,7 +71,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The files in `folder` and its sub-folders, but those whose name begins with a dot.
+    """Reads the files in `folder` and its sub-folders, but those whose name begins with a dot.
 
     Raises:
         ValueError: no such folder.
@@ -85,7 +85,7 @@ class LocalStorage:
 
     def list_objects(self) -> Iterator[StoredObject]:
         todo = [""]
-        seen: set[tuple[int, int]] = set()  # a symlink to a folder above would go on for ever
+        seen: set[tuple[int, int]] = set()  # a symlink to a folder above would never end
         while todo:
             prefix = todo.pop()
             for entry in self._list_folder(prefix, seen):
@@ -130,7 +130,7 @@ class LocalStorage:
         return self._read(key, start, num_bytes)
 
     def _read(self, key: str, start: int, num_bytes: int) -> bytes:
-        """All from `start` on where `num_bytes` is -1."""
+        """Reads all from `start` on where `num_bytes` is -1."""
         path = PurePosixPath(key)
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{key!r}: not a key in {self.location}, it leads out of the folder.")
@@ -147,6 +147,6 @@ class LocalStorage:
 
 
 def check_range(key: str, start: int, num_bytes: int) -> None:
-    """Raise ValueError for a range that no object can have."""
+    """Raises ValueError for a range that no object can have."""
     if start < 0 or num_bytes < 0:
         raise ValueError(f"{key}: no range has start {start} and {num_bytes} bytes")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longcat_video_fft.storage import s3_clients, s3_storage
+from longcat_video_fft.storage import s3_storage
 from longcat_video_fft.storage.s3_storage import S3Options, S3Storage, open_s3
 from longcat_video_fft.storage.storage import StorageError
 from tests.longcat_video_fft.conftest import LONG_BODY, VIDEO_KEYS, VIDEOS, open_films
@@ -21,23 +21,23 @@ from tests.longcat_video_fft.support.s3_server import (
 
 
 def limit_first_attempt(storage: S3Storage, **limits: float) -> None:
-    """Shortens limits of s3_clients for the next attempt to read, and not for those after it.
+    """Shortens limits of s3_storage for the next attempt to read, and not for those after it.
 
     What is well must not be given up too, however busy the machine.
     """
     patch = pytest.MonkeyPatch()
     for name, seconds in limits.items():
-        patch.setattr(s3_clients, name, seconds)
+        patch.setattr(s3_storage, name, seconds)
     hasty = S3Storage(storage.options, num_connections=1)
 
-    def open_body(*args: Any, **options: Any) -> s3_clients.Body:
+    def open_body(*args: Any, **options: Any) -> dict[str, Any]:
         patch.undo()
-        return hasty._open_body(*args, **options)
+        return hasty._open(*args, **options)
 
-    patch.setattr(storage, "_open_body", open_body)
+    patch.setattr(storage, "_open", open_body)
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -60,7 +60,7 @@ def test_passing_errors_are_tried_again(faulty_proxy: FaultyProxy, fault: Fault)
     assert storage.read_range("a.mp4", 1, 2) == b"12"
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_all_attempts_fail(faulty_proxy: FaultyProxy) -> None:
     storage = open_films(faulty_proxy.url, VIDEOS)
     faulty_proxy.add("a.mp4", SLOW_DOWN, times=8)
@@ -92,7 +92,7 @@ def test_waits_grow_up_to_the_cap(s3_url: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(limit / 2 <= wait <= limit for wait, limit in zip(waits, limits, strict=True))
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 @pytest.mark.parametrize("read_range", [False, True])
 @pytest.mark.parametrize(
     "fault",
@@ -122,12 +122,12 @@ def test_broken_bodies_are_completed(
         if "long.mp4" in request.path
     ]
     assert len(ranges) == (3 if fault.after_bytes == 0 else 2)
-    if fault.after_bytes:  # goes on where it stopped, but for the piece that was under way
+    if fault.after_bytes:  # continues where it stopped, but for the piece that was under way
         resumed = int(ranges[1].removeprefix("bytes=").partition("-")[0]) - 1000 * read_range
         assert 256 * 1024 <= resumed <= 600_000
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_object_replaced_while_it_is_read(faulty_proxy: FaultyProxy, s3_url: str) -> None:
     put_objects(s3_url, "replaced", {"a.mp4": LONG_BODY})
     storage = open_s3(S3Options(bucket="replaced", endpoint_url=faulty_proxy.url))
@@ -139,7 +139,7 @@ def test_object_replaced_while_it_is_read(faulty_proxy: FaultyProxy, s3_url: str
     assert faulty_proxy.count("a.mp4") >= 2
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_trickling_body_is_given_up(faulty_proxy: FaultyProxy) -> None:
     storage = open_films(faulty_proxy.url, "long")
     limit_first_attempt(storage, ATTEMPT_TIMEOUT_S=0.3)

@@ -23,14 +23,14 @@ from tests.longcat_video_fft.support.s3_server import (
 )
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_missing_bucket(s3_url: str) -> None:
     with pytest.raises(ValueError, match=r"s3://nowhere.*no such bucket") as caught:
         open_s3(S3Options(bucket="nowhere", endpoint_url=s3_url))
     assert s3_url in str(caught.value)
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_bucket_that_goes_while_it_is_read(s3_url: str) -> None:
     put_objects(s3_url, "going", {"a.mp4": b"a"})
     storage = open_s3(S3Options(bucket="going", endpoint_url=s3_url))
@@ -40,7 +40,7 @@ def test_bucket_that_goes_while_it_is_read(s3_url: str) -> None:
         storage.read("a.mp4")
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
@@ -82,7 +82,7 @@ def test_wrong_region(faulty_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
         open_films(faulty_proxy.url, VIDEOS)
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_no_permission(faulty_proxy: FaultyProxy) -> None:
     denied = Fault(status=403, code="AccessDenied")
     faulty_proxy.add("list-type", denied)
@@ -95,7 +95,7 @@ def test_no_permission(faulty_proxy: FaultyProxy) -> None:
     assert storage.read("a.mp4") == b"0123456789"
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_no_credentials_at_all(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -105,14 +105,14 @@ def test_no_credentials_at_all(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> 
         open_films(s3_url, VIDEOS, access_key_id="AKIAOFTHEFILE")
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_environment_wins_over_the_options_keys(
     faulty_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"access_key_id": "AKIAOFTHEFILE", "secret_access_key": "secret-of-the-file"}
     assert open_films(faulty_proxy.url, VIDEOS, **keys).read("a.mp4") == b"0123456789"
     signed = [request.headers["authorization"] for request in faulty_proxy.requests]
-    assert len(signed) == 2  # the check is boto3's, the read each client's
+    assert len(signed) == 2  # the check and the read
     assert all(f"Credential={ACCESS_KEY_ID}/" in header for header in signed)
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -123,13 +123,13 @@ def test_environment_wins_over_the_options_keys(
     assert all("Credential=AKIAOFTHEFILE/" in header for header in signed)
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_session_token_and_region_go_with_each_request(
     faulty_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-of-the-session")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")  # the option wins
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")  # known to obstore alone
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")  # known to other clients alone
     open_films(faulty_proxy.url, VIDEOS, region="eu-south-2").read("a.mp4")
     assert len(faulty_proxy.requests) == 2
     for request in faulty_proxy.requests:
@@ -137,7 +137,7 @@ def test_session_token_and_region_go_with_each_request(
         assert "/eu-south-2/s3/" in request.headers["authorization"]
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_unreachable_endpoint(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="longcat_video_fft")
     with socket.socket() as unused:
@@ -165,7 +165,7 @@ def test_name_that_is_no_bucket(s3_url: str) -> None:
             open_s3(S3Options(bucket=bucket, endpoint_url=s3_url))
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_no_secret_is_shown(
     faulty_proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,3 +180,14 @@ def test_no_secret_is_shown(
     assert "attempt 7 failed" in shown
     assert "AKIAOFTHEFILE" not in shown
     assert "secret-of-the-file" not in shown
+
+
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
+def test_an_older_choice_of_client_is_reported_to_do_nothing(
+    s3_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_films(s3_url, VIDEOS)
+    assert not caplog.text
+    monkeypatch.setenv("LONGCAT_NO_OBSTORE", "1")
+    assert open_films(s3_url, VIDEOS).read("a.mp4") == b"0123456789"
+    assert caplog.text.count("LONGCAT_NO_OBSTORE no longer does anything") == 1

@@ -1,10 +1,8 @@
-"""S3 over real HTTP, by boto3 and by obstore: what is listed and read."""
+"""S3 over real HTTP: what is listed and read."""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,23 +22,7 @@ from tests.longcat_video_fft.conftest import (
 from tests.longcat_video_fft.support.s3_server import FaultyProxy, connect, put_objects
 
 
-@pytest.mark.usefixtures("s3_bucket")
-def test_each_client_is_used_when_asked_for(s3_client: str, s3_url: str) -> None:
-    assert (open_films(s3_url, "").obstore is not None) == (s3_client == "obstore")
-
-
 @pytest.mark.usefixtures("s3_bucket", "s3_environment")
-def test_boto3_reads_where_obstore_is_not_installed(s3_url: str) -> None:
-    code = (
-        "import sys; sys.modules['obstore'] = None\n"
-        "from longcat_video_fft.storage.s3_storage import S3Options, open_s3\n"
-        f"storage = open_s3(S3Options(bucket='films', endpoint_url={s3_url!r}))\n"
-        f"assert storage.read('{VIDEOS}/a.mp4') == b'0123456789' and not storage.obstore\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
 @pytest.mark.parametrize("prefix", [VIDEOS, f"{VIDEOS}/", f"/{VIDEOS}/"])
 def test_lists_the_folder_alone_and_reads_what_it_lists(s3_url: str, prefix: str) -> None:
     storage = open_films(s3_url, prefix)
@@ -78,7 +60,7 @@ def test_lists_a_flat_prefix_by_pages(
 
 
 @pytest.mark.usefixtures("s3_many_bucket", "s3_environment")
-def test_listing_goes_on_no_further_than_the_caller(
+def test_listing_reads_no_further_than_the_caller(
     faulty_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_storage, "PAGE_KEYS", 10)
@@ -105,7 +87,7 @@ def test_prefix_with_nothing_below_it_is_empty(s3_url: str) -> None:
     assert list(open_films(s3_url, "pasta/dos/vid").list_objects()) == []
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_ranges(s3_url: str) -> None:
     storage = open_films(s3_url, VIDEOS)
     assert storage.read("a.mp4") == b"0123456789"
@@ -122,7 +104,7 @@ def test_ranges(s3_url: str) -> None:
         storage.read_range("a.mp4", -1, 5)
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_environment")
 def test_missing_key_is_said_at_once(faulty_proxy: FaultyProxy) -> None:
     storage = open_films(faulty_proxy.url, VIDEOS)
     for read in (storage.read, lambda key: storage.read_range(key, 0, 4)):
@@ -131,7 +113,7 @@ def test_missing_key_is_said_at_once(faulty_proxy: FaultyProxy) -> None:
     assert faulty_proxy.count("none.mp4") == 2
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_key_that_vanishes_after_the_listing(s3_url: str) -> None:
     put_objects(s3_url, "vanishing", {"v/a.mp4": b"a", "v/b.mp4": b"b"})
     storage = open_s3(S3Options(bucket="vanishing", prefix="v", endpoint_url=s3_url))
@@ -143,7 +125,7 @@ def test_key_that_vanishes_after_the_listing(s3_url: str) -> None:
     assert storage.read("b.mp4") == b"b"
 
 
-@pytest.mark.usefixtures("s3_bucket", "s3_many_bucket", "s3_client")
+@pytest.mark.usefixtures("s3_bucket", "s3_many_bucket", "s3_environment")
 def test_many_threads_share_one_storage(s3_url: str) -> None:
     storage, films = open_many(s3_url, ""), open_films(s3_url, "long")
     keys = sorted(MANY)[::5]

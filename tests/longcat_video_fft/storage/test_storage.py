@@ -1,4 +1,4 @@
-"""Local folders: what is listed, read and refused."""
+"""Local folders: what is listed and read, and what is an error."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def test_local_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ObjectVanishedError, match=r"sub/a\.mp4/b"):
         storage.read("sub/a.mp4/b")
 
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")  # root, who may run this, is refused nothing
+    def deny(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")  # root, who may run this, is denied nothing
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
+        patch.setattr(Path, "open", deny)
         with pytest.raises(StorageError, match=r"sub/a\.mp4 could not be read \(Permission"):
             storage.read("sub/a.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", refuse)
+        patch.setattr(os, "scandir", deny)
         with pytest.raises(ValueError, match=r"cannot be listed \(Permission"):
             list(storage.list_objects())
     path.unlink()
