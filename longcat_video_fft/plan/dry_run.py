@@ -2,33 +2,33 @@
 
     python -m longcat_video_fft.train --config FILE --dry-run [--num_gpus 8] [--gpu_memory_gib 80]
 
-Needs no GPU. The model is built on the meta device. Files are looked at in inputs.py, the peak of
-memory is predicted in memory.py, times come from time.py. The status is 1 when something would stop
-the run.
+Needs no GPU. Files are looked at in inputs.py, the peak of memory is predicted in memory.py, times
+come from time.py. The status is 1 when something would stop the run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from longcat_video_fft.model.flops import PEAK_FLOPS
+from longcat_video_fft.model.loading import CheckpointReader, build_transformer, check_names
 from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
-from longcat_video_fft.options.config_rules import World, check_model, check_world
-from longcat_video_fft.plan.inputs import (
-    Samples,
-    check_weight_files,
-    find_weights,
-    plan_disk,
-    read_cache,
+from longcat_video_fft.options.config_rules import (
+    World,
+    check_model,
+    check_world,
+    validate_config,
 )
+from longcat_video_fft.options.hub import check_free_disk
+from longcat_video_fft.plan.inputs import Report, Samples, find_weights, read_samples
 from longcat_video_fft.plan.memory import (
-    BF16,
     GIB,
     Memory,
     ModelSizes,
@@ -36,8 +36,8 @@ from longcat_video_fft.plan.memory import (
     predict_memory,
     shard_size,
 )
-from longcat_video_fft.plan.time import claim_lines, step_work, time_lines
-from longcat_video_fft.training.checkpoint import find_checkpoint
+from longcat_video_fft.plan.time import HOPPER, step_seconds, step_work, time_lines
+from longcat_video_fft.training.checkpoint import find_checkpoint, plan_disk
 
 if TYPE_CHECKING:
     from longcat_video_fft.options.config import TrainConfig
@@ -45,79 +45,134 @@ if TYPE_CHECKING:
 
 # Not measured: CUDA's context and NCCL's buffers, and what the allocator cannot use of its blocks.
 CONTEXT_BYTES, SLACK = int(0.8 * GIB), 0.03
-DEFAULT_GPUS, DEFAULT_GPU_GIB = 8, 79.2  # the source document's: 8 A100 of 80 GB
-RELEASED_PARAMETERS = 13_581_071_424
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
+    """The GPUs that the plan is for; `kinds` are names in flops.PEAK_FLOPS."""
+
     count: int
+    local: int  # of them on this machine
     gpu_bytes: float
-    kinds: list[str]  # names in flops.PEAK_FLOPS
+    kinds: list[str]
     text: str
 
 
 def dry_run(config: TrainConfig, data: DataConfig, num_gpus: int | None = None) -> int:
     """Prints the plan; returns the exit status: 1 when something would stop the run."""
-    try:
-        text, problems = lines(config, data, num_gpus)
-    except ValueError as error:
-        text, problems = [], [str(error)]
-    for problem in problems:
-        text.append(f"STOPS THE RUN: {problem}")
-    if not problems:
-        text.append("Nothing was found that would stop the run.")
-    sys.stdout.write("\n".join(text) + "\n")
-    return int(bool(problems))
+    report = Report()
+    with report.noting():
+        write_plan(config, data, num_gpus, report)
+    if report.unchecked:
+        report.lines += ["", f"Not checked: {'; '.join(report.unchecked)}."]
+    verdicts = [f"STOPS THE RUN: {problem}" for problem in report.problems]
+    verdicts = verdicts or ["Nothing was found that would stop the run."]
+    sys.stdout.write("\n".join([*report.lines, "", *verdicts]) + "\n")
+    return int(bool(report.problems))
 
 
-def lines(
-    config: TrainConfig, data: DataConfig, num_gpus: int | None = None
-) -> tuple[list[str], list[str]]:
-    """(the plan, what would stop the run).
+def write_plan(config: TrainConfig, data: DataConfig, num_gpus: int | None, report: Report) -> None:
+    """Adds all sections to the report.
 
     Raises:
         ValueError: sizes that do not divide, no such checkpoint, no such model.
     """
     machine = find_machine(config, num_gpus)
     world = check_world(config, machine.count)
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
-    weights = find_weights(config, data)
+    output_dir = Path(config.output_dir)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    report.lines += machine_lines(config, machine, world)
+    report.lines += [f"Resumes from {checkpoint}"] * bool(checkpoint)
+    dit = find_weights(config, data, report)
     with torch.device("meta"):
-        model: Any = LongCatVideoTransformer3DModel.from_config(weights.config)
+        released = None if dit else LongCatVideoTransformer3DModel(text_tokens_zero_pad=True)
+    model: Any = build_transformer(dit) if dit else released
     check_model(config, model.config)
-    check_weight_files(config, weights, model)
+    if dit and config.transformer_init != "random":
+        with report.noting():  # names and shapes, by the files' heads alone
+            check_names(CheckpointReader(dit), dict(model.named_parameters()))
     sizes = model_sizes(model)
-    samples = read_cache(config, data)
+    count, block = sizes.num_parameters(), sizes.block
+    report.lines.append(
+        f"  {count:,} parameters, all trained; {sizes.depth} blocks of {shard_size(block, 1):,}, "
+        f"{shard_size(block, world.shard_size):,} a GPU each"
+    )
+    if data.placeholders:
+        fields = ", ".join(data.placeholders)
+        report.unchecked.append(f"{data.source}, where {fields} is still a placeholder")
+    samples = read_samples(config, data, report)
     memory = predict_memory(config, sizes, world, samples.largest)
+    write_memory(memory, config, samples, machine, report)
+    copies, size = plan_disk(count, config, output_dir)
+    report.section(f"Disk: {size / 1e9:,.2f} GB, for {copies} more checkpoints and the transformer")
+    with report.noting():
+        remedy = "Lower checkpoints_total_limit, or give another disk."
+        check_free_disk(output_dir, size, what=f"output_dir={output_dir}", remedy=remedy)
     work = step_work(config, sizes.config, samples, world)
-    disk = plan_disk(config, sizes, weights)
-    times = time_lines(config, work, world, gpus=machine.kinds, depth=len(sizes.blocks))
-    text = [
-        *batch_lines(config, machine, world, samples),
-        *([f"Resumes from {checkpoint}"] if checkpoint else []),
-        *("", "Model", *(f"  {line}" for line in weights.lines)),
-        *sharding_lines(config, sizes, world),
-        *("", f"Caches ({data.source})", *(f"  {line}" for line in samples.lines)),
-        *("", *memory_lines(config, sizes, world, samples, memory, machine)),
-        *("", "Disk (GB)", *disk.lines),
-        *("", "Time", *times),
-    ]  # fmt: skip
-    if sizes.num_parameters == RELEASED_PARAMETERS:
-        text += claim_lines(work, world)
-    problems = [*samples.problems, *weights.problems, *disk.problems]
-    needed = needed_bytes(memory)
-    if needed > machine.gpu_bytes:
-        problems.append(
-            f"{needed / GIB:.1f} GiB a GPU are needed and there are {machine.gpu_bytes / GIB:.1f}"
-        )
-    problems += host_problems(memory, min(torch.cuda.device_count(), machine.count))
-    return [*text, ""], problems
+    times = time_lines(config, work, samples, world, gpus=machine.kinds, depth=sizes.depth)
+    report.section("Time", *times)
+    title = f"Other settings that fit (GiB, GiB of host memory, samples/s on {machine.kinds[0]})"
+    report.section(title, *alternative_lines(config, sizes, world, samples, machine))
+
+
+def find_machine(config: TrainConfig, num_gpus: int | None) -> Machine:
+    """What the options say, else what is here, else eight A100."""
+    here = torch.cuda.device_count()
+    count = num_gpus or config.num_gpus or here or 8
+    text, memory, kinds = "no GPU here: memory of an A100 of 80 GB", 79.2 * GIB, []
+    if here:
+        properties = torch.cuda.get_device_properties(0)
+        text, memory = f"{properties.name}, as here", properties.total_memory
+        kinds = [kind for kind in PEAK_FLOPS if kind in properties.name][-1:]
+    if config.gpu_memory_gib is not None:
+        text, memory = "gpu_memory_gib", config.gpu_memory_gib * GIB
+    return Machine(count, min(here, count), memory, kinds or ["A100", "H100", "H200"], text)
+
+
+def machine_lines(config: TrainConfig, machine: Machine, world: World) -> list[str]:
+    """The GPUs, how they share the model, and the samples of a step."""
+    shards = f"parameters cut over {world.shard_size}"
+    if world.replicate_size > 1:
+        shards += f", {world.replicate_size} copies"
+    if world.context_size > 1:
+        shards += f", {world.context_size} GPUs share one sample's tokens"
+    return [
+        f"{machine.count} GPUs of {machine.gpu_bytes / GIB:.1f} GiB ({machine.text}); {shards}",
+        f"Global batch: train_batch_size {config.train_batch_size} x gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} x {world.dp_size} GPUs or groups of GPUs = "
+        f"{world.global_batch} samples a step",
+    ]
+
+
+def needed_gib(memory: Memory) -> float:
+    """What a GPU must have for a peak."""
+    return (memory.peak * (1 + SLACK) + CONTEXT_BYTES) / GIB
+
+
+def write_memory(
+    memory: Memory, config: TrainConfig, samples: Samples, machine: Machine, report: Report
+) -> None:
+    """Part by part at the peak, what is needed, and host memory."""
+    has, needed, peak = machine.gpu_bytes / GIB, needed_gib(memory), memory.peak / GIB
+    rows = [(name, size / GIB, "") for name, size in memory.parts.items()]
+    rows += [
+        ("predicted peak", peak, "  compare with the log's speed/peak_mem_gib"),
+        ("allocator slack, CUDA context", needed - peak, "  a rule of thumb, not measured"),
+        ("needed", needed, f"  of {has:.1f}: " + ("fits" if needed <= has else "DOES NOT FIT")),
+    ]
+    rows += [(name, size / GIB, "  of host memory") for name, size in memory.host.items()]
+    micro_batch = f"{config.train_batch_size} x {samples.largest}"
+    report.section(
+        f"Memory of a GPU (GiB) with micro-batches of {micro_batch}, highest in: {memory.phase}",
+        *(f"{name:<34}{size:>9.2f}{text}" for name, size, text in rows if size),
+    )
+    if needed > has:
+        report.problems.append(f"{needed:.1f} GiB a GPU are needed and there are {has:.1f}")
+    report.problems += host_problems(memory, machine.local)
 
 
 def host_problems(memory: Memory, local_gpus: int) -> list[str]:
     """Whether the processes of this machine's GPUs find the host memory that they need."""
-    needed, has = local_gpus * sum(part.num_bytes for part in memory.host), host_memory()
+    needed, has = local_gpus * sum(memory.host.values()), host_memory()
     if needed <= has:
         return []
     return [
@@ -135,129 +190,40 @@ def host_memory() -> int:
     return has
 
 
-def find_machine(config: TrainConfig, num_gpus: int | None) -> Machine:
-    """What the options say, else what is here, else the source document's."""
-    here = torch.cuda.device_count()
-    count = num_gpus or config.num_gpus or here or DEFAULT_GPUS
-    if here:
-        properties = torch.cuda.get_device_properties(0)
-        name, memory = properties.name, properties.total_memory
-        text, kinds = f"{name}, as here", [kind for kind in PEAK_FLOPS if kind in name][-1:]
-    else:
-        text, memory, kinds = "no GPU here: memory of an A100 of 80 GB", DEFAULT_GPU_GIB * GIB, []
-    if config.gpu_memory_gib is not None:
-        text, memory = "gpu_memory_gib", config.gpu_memory_gib * GIB
-    return Machine(count, memory, kinds or ["A100", "H100", "H200"], text)
-
-
-def batch_lines(config: TrainConfig, machine: Machine, world: World, samples: Samples) -> list[str]:
-    shards = f"parameters cut over {world.shard_size}"
-    if world.replicate_size > 1:
-        shards += f", {world.replicate_size} copies"
-    if world.context_size > 1:
-        shards += f", {world.context_size} GPUs share one sample's tokens"
-    text = [
-        f"{machine.count} GPUs of {machine.gpu_bytes / GIB:.1f} GiB ({machine.text}); {shards}",
-        f"Global batch: train_batch_size {config.train_batch_size} x gradient_accumulation_steps "
-        f"{config.gradient_accumulation_steps} x {world.dp_size} GPUs or groups of GPUs = "
-        f"{world.global_batch} samples a step",
-    ]
-    number = samples.buckets.total()
-    if samples.order is not None:
-        steps = samples.order.epoch_length * config.train_batch_size / world.global_batch
-        text.append(
-            f"{number:,} samples: an epoch is {steps:,.1f} steps; {config.max_train_steps:,} steps "
-            f"are {config.max_train_steps / steps:.2f} epochs"
-        )
-    if config.lr_warmup_steps >= config.max_train_steps and config.lr_scheduler != "constant":
-        text.append(
-            f"note: lr_warmup_steps={config.lr_warmup_steps} does not end within max_train_steps="
-            f"{config.max_train_steps}: learning_rate is never reached"
-        )
-    return text
-
-
-def sharding_lines(config: TrainConfig, sizes: ModelSizes, world: World) -> list[str]:
-    """Each unit of sharding and what one GPU holds of it."""
-    block, root = sizes.blocks[0], sizes.root
-    total = ModelSizes(sizes.config, (), root).num_parameters
-    per_block = ModelSizes(sizes.config, (), block).num_parameters
-    shards = world.shard_size
-    swapped = min(config.musubi_blocks_to_swap, len(sizes.blocks))
-    gigabytes = sizes.num_parameters * BF16 / 1e9
-    text = [
-        f"  {sizes.num_parameters:,} parameters, all trained ({gigabytes:.2f} GB as bf16)",
-        f"  {len(sizes.blocks)} blocks of {per_block:,}, {shard_size(block, shards):,} a GPU each; "
-        f"embedders and final layer {total:,}, {shard_size(root, shards):,} a GPU",
-    ]
-    if swapped:
-        text.append(f"  the last {swapped} blocks live in host memory (musubi_blocks_to_swap)")
-    return text
-
-
-def needed_bytes(memory: Memory) -> int:
-    """Bytes of a GPU that a peak asks for."""
-    return int(memory.peak * (1 + SLACK)) + CONTEXT_BYTES
-
-
-def memory_lines(
-    config: TrainConfig, sizes: ModelSizes, world: World, samples: Samples,
-    memory: Memory, machine: Machine,
-) -> list[str]:  # fmt: skip
-    """Line by line at the peak, then the other moments and other settings."""
-    needed = needed_bytes(memory)
-    has = machine.gpu_bytes
-    text = [
-        f"Memory of a GPU (GiB) with micro-batches of {config.train_batch_size} x "
-        f"{samples.largest}, highest at: {memory.moment}"
-    ]
-    text += [f"  {p.name:<32}{p.num_bytes / GIB:>9.2f}  {p.formula}" for p in memory.parts]
-    text += [
-        f"  {'predicted peak':<32}{memory.peak / GIB:>9.2f}  compare with the log's "
-        "speed/peak_mem_gib",
-        f"  {'allocator slack, CUDA context':<32}{(needed - memory.peak) / GIB:>9.2f}  {SLACK:.0%} "
-        f"+ {CONTEXT_BYTES / GIB:.1f} GiB (rule of thumb, not measured)",
-        f"  {'needed':<32}{needed / GIB:>9.2f}  of {has / GIB:.1f}: "
-        + ("fits" if needed <= has else "DOES NOT FIT"),
-        "  other moments: "
-        + ", ".join(f"{k} {v / GIB:.1f}" for k, v in memory.moments.items() if k != memory.moment),
-    ]  # fmt: skip
-    for part in memory.host:
-        text.append(f"  host memory a GPU: {part.name} {part.num_bytes / GIB:.1f}  {part.formula}")
-    text.append("  other settings (needed):")
-    for changes in other_settings(config, world, depth=len(sizes.blocks)):
-        other = needed_bytes(predict_changed(config, sizes, world, samples, changes))
-        words = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
-        verdict = "fits" if other <= has else "does not fit"
-        text.append(f"    {words:<50}{other / GIB:>9.2f}  {verdict}")
-    return text
-
-
-def predict_changed(
-    config: TrainConfig, sizes: ModelSizes, world: World, samples: Samples, changes: dict[str, Any]
-) -> Memory:
-    changed = replace(config, **changes)
-    return predict_memory(changed, sizes, check_world(changed, world.world_size), samples.largest)
-
-
-def other_settings(config: TrainConfig, world: World, *, depth: int) -> list[dict[str, Any]]:
-    """Levers worth knowing: those that leave the training as it is, then the states' precision."""
+def alternative_lines(
+    config: TrainConfig, sizes: ModelSizes, world: World, samples: Samples, machine: Machine
+) -> list[str]:
+    """Other settings that fit, the fastest first: smaller ones, and such as use what is left."""
+    kind, depth, unchecked = machine.kinds[0], sizes.depth, "uncheckpointed_blocks"
     tries: list[dict[str, Any]] = [
-        {"gradient_checkpointing_mode": "full"},
-        {"gradient_checkpointing_mode": "selective"},
-        {"uncheckpointed_blocks": min(config.uncheckpointed_blocks + 4, depth)},
-        {"activation_offload_blocks": depth},
-        {"musubi_blocks_to_swap": min(config.musubi_blocks_to_swap + 8, depth)},
-        {"optimizer": "adamw"},
-        {"optimizer": "adamw_bf16"},
-        {"optimizer": "adamw_8bit"},
-    ]
-    if not config.gradient_checkpointing:
-        tries = [{"gradient_checkpointing": True}, *tries[3:]]
-    if not config.compile:
-        tries = [t for t in tries if "activation_offload_blocks" not in t]
-    if not config.fsdp_enable:
-        tries = [t for t in tries if "musubi_blocks_to_swap" not in t]
-    if world.context_size == 1 and world.world_size % 2 == 0 and world.shard_size > 1:
-        tries.insert(3, {"context_parallel_size": 2})
-    return [t for t in tries if any(getattr(config, key) != value for key, value in t.items())]
+        *({"gradient_checkpointing_mode": mode} for mode in ("full", "selective", "selective_ffn")),
+        *({"optimizer": name} for name in ("adamw", "adamw_bf16", "adamw_8bit")),
+        {"activation_offload_blocks": depth}, {"musubi_blocks_to_swap": min(8, depth)},
+        {"gradient_checkpointing": not config.gradient_checkpointing},
+        {"context_parallel_size": 2}, {"fp8_linears": kind in HOPPER},
+        *({unchecked: number} for number in range(depth, 0, -1)),
+        # As many as PCIe moves meanwhile (training/offload.py).
+        *({"activation_offload_blocks": depth // 3, unchecked: n} for n in range(depth, 0, -1)),
+    ]  # fmt: skip
+    work = cache(lambda other: step_work(config, sizes.config, samples, other))
+    found: dict[str, tuple[float, float, str]] = {}
+    for changes in tries:
+        changed = replace(config, **changes)
+        if changed == config:
+            continue
+        try:
+            validate_config(changed)
+            check_model(changed, sizes.config)
+            other = check_world(changed, world.world_size)
+        except ValueError:
+            continue
+        memory = predict_memory(changed, sizes, other, samples.largest)
+        gib, host = needed_gib(memory), sum(memory.host.values()) / GIB
+        fits = gib * GIB <= machine.gpu_bytes and not host_problems(memory, machine.local)
+        argv = [f"--{key} {str(value).lower()}" for key, value in changes.items()]
+        name = " ".join(argv[:-1] if unchecked in changes else argv)
+        if fits and name not in found:  # the most uncheckpointed blocks
+            speed = other.global_batch / step_seconds(changed, work(other), kind, depth)
+            row = f"{' '.join(argv):<60}{gib:>8.2f} {host:>8.1f} {speed:>9.3g}"
+            found[name] = (-speed, gib, row)
+    return [text for *_, text in sorted(found.values())] or ["none"]

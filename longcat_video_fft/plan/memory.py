@@ -1,8 +1,9 @@
 """Predicts the peak of a GPU's memory from shapes alone; `dry_run.py` prints it.
 
-A training step has a few moments at which memory can be highest. For each one, what is alive then
-is counted from what `training/parallel.py` and `training/optimizer.py` allocate; the largest is the
-peak, to be compared with `torch.cuda.max_memory_allocated`. FSDP2's part follows
+A training step has a few phases in which memory can be highest: the end of the forward, each
+block's backward, the optimizer's step. For each one, what is alive then is counted from what
+`training/parallel.py` and `training/optimizer.py` allocate; the largest sum is the peak, to be
+compared with `torch.cuda.max_memory_allocated`. FSDP2's part follows
 torch/distributed/fsdp/_fully_shard: rows are cut evenly and padded, a block is gathered in the
 compute dtype while the next is fetched, and its gradients are reduced in float32.
 """
@@ -10,11 +11,10 @@ compute dtype while the next is fetched, and its gradients are reduced in float3
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longcat_video_fft.model.flops import feed_forward_width
-from longcat_video_fft.options.config_rules import free_blocks, offloaded_blocks
+from longcat_video_fft.options.config_rules import offloaded_blocks, uncheckpointed_indices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,64 +28,43 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP32, BF16 = 4, 2
 # What a compiled block keeps for its backward, in values a token beside three of the feed-forward
-# width, and what is alive at once in its backward beside that. Fitted to 14 runs on H200, of 4 to
-# 48 blocks, on one and two GPUs (README.md, "Phase 2"): all are within -4 and +9 % of them.
-BLOCK_WIDTHS = 13.85
-GRADIENT_WIDTHS, GRADIENT_FFN_WIDTHS = 2, 1
-GATHERED_BLOCKS = 3  # in use, fetched ahead, and the buffer that it is fetched into
+# width. Fitted to 19 runs on H200 of 4 to 48 blocks, on one and two GPUs (README.md and
+# MEASUREMENTS.md); all are within -4 and +6 % (tests/longcat_video_fft/plan/test_memory.py).
+BLOCK_WIDTHS = 15.5
 SLABS = 1.2  # host memory that training/offload.py pins for a byte, measured 1.18: slabs have ends
-OPTIMIZER_CHUNK = 1 << 26  # optimizer.CHUNK: elements of a host-memory block updated at once
 
 
-@dataclass(frozen=True)
-class Part:
-    name: str
-    num_bytes: int
-    formula: str
+class Memory(NamedTuple):
+    """Bytes of a GPU: of each part at the peak, and of all parts in every phase."""
 
-
-@dataclass(frozen=True)
-class Memory:
-    """What a GPU holds at the moment of its peak, and the sums at the other moments."""
-
-    moment: str
-    parts: tuple[Part, ...]
-    moments: dict[str, int]
-    host: tuple[Part, ...]  # in host memory, a GPU
+    phase: str  # of the peak
+    parts: dict[str, int]
+    phases: dict[str, int]
+    host: dict[str, int]  # in host memory, for each GPU
 
     @property
     def peak(self) -> int:
         """Bytes allocated, without allocator slack and CUDA context."""
-        return sum(part.num_bytes for part in self.parts)
-
-    def __getitem__(self, name: str) -> int:
-        """Bytes of the part of that name at the peak; 0 when it is not alive then."""
-        return sum(part.num_bytes for part in self.parts if part.name == name)
+        return self.phases[self.phase]
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """Shapes of the parameters by unit of sharding: each block, and the root with all the rest."""
+class ModelSizes(NamedTuple):
+    """Shapes of the parameters by unit of sharding: a block, and the root with all the rest."""
 
     config: dict[str, Any]  # the transformer's
-    blocks: tuple[tuple[Shape, ...], ...]
+    depth: int  # blocks, all alike
+    block: tuple[Shape, ...]
     root: tuple[Shape, ...]
 
-    @property
     def num_parameters(self) -> int:
-        units = (*self.blocks, self.root)
-        return sum(math.prod(shape) for unit in units for shape in unit)
+        return self.depth * shard_size(self.block, 1) + shard_size(self.root, 1)
 
 
 def model_sizes(model: Any) -> ModelSizes:
-    """Of a LongCatVideoTransformer3DModel, on the meta device or not, not yet sharded."""
-    blocks = tuple(tuple(tuple(p.shape) for p in block.parameters()) for block in model.blocks)
-    root = tuple(
-        tuple(param.shape)
-        for name, param in model.named_parameters()
-        if not name.startswith("blocks.")
-    )
-    return ModelSizes(dict(model.config), blocks, root)
+    """Those of a LongCatVideoTransformer3DModel, on the meta device or not, not yet sharded."""
+    root = [tuple(p.shape) for n, p in model.named_parameters() if not n.startswith("blocks.")]
+    block = [tuple(param.shape) for param in model.blocks[0].parameters()]
+    return ModelSizes(dict(model.config), len(model.blocks), tuple(block), tuple(root))
 
 
 def shard_size(shapes: Sequence[Shape], shards: int) -> int:
@@ -105,211 +84,115 @@ def state_bytes(shapes: Sequence[Shape], shards: int, optimizer: str) -> int:
 
 
 def master_bytes(config: TrainConfig) -> int:
-    """Of one weight as it is kept, and of its gradient."""
+    """Bytes of one weight as it is kept, and of its gradient."""
     return FP32 if config.optimizer == "adamw" else BF16
 
 
 def predict_memory(config: TrainConfig, sizes: ModelSizes, world: World, bucket: Bucket) -> Memory:
     """The peak on one GPU for micro-batches of `bucket`, from the second step on."""
-    run = _Run(config, sizes, world, bucket)
-    moments = run.moments()
-    sums = {name: sum(part.num_bytes for part in parts) for name, parts in moments.items()}
+    step = _Step(config, sizes, world, bucket)
+    phases = step.phases()
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
     highest = max(sums, key=lambda name: sums[name])
-    parts = tuple(part for part in moments[highest] if part.num_bytes)
-    return Memory(highest, parts, sums, tuple(p for p in run.host() if p.num_bytes))
+    return Memory(highest, phases[highest], sums, step.host())
 
 
-class _Run:
-    """Bytes that the moments share."""
+class _Step:
+    """A training step of one configuration, as bytes by the names of parts."""
 
     def __init__(
         self, config: TrainConfig, sizes: ModelSizes, world: World, bucket: Bucket
     ) -> None:
-        self.config, self.sizes, self.shards = config, sizes, world.shard_size
-        self.depth = len(sizes.blocks)
-        self.resident = self.depth - min(config.musubi_blocks_to_swap, self.depth)
+        self.config, self.sizes, self.world, self.depth = config, sizes, world, sizes.depth
+        self.on_gpu = self.depth - min(config.musubi_blocks_to_swap, self.depth)  # blocks
         self.compute = BF16 if config.mixed_precision == "bf16" else FP32
-        self.master = master_bytes(config)
+        self.free = set(uncheckpointed_indices(config, self.depth))  # whose activations all stay
+        self.offloaded = offloaded_blocks(config, self.depth)
         self.latents = config.train_batch_size * math.prod(bucket.latent_shape)
         self.tokens = config.train_batch_size * bucket.num_tokens // world.context_size
         self.width = sizes.config["hidden_size"]
         self.ffn = feed_forward_width(self.width, sizes.config["mlp_ratio"])
-        self.heads = sizes.config["num_heads"]
-        self.context_size = world.context_size
-        self.largest_block = max(sum(map(math.prod, block)) for block in sizes.blocks)
-        self.per = f" / {self.shards} GPUs" if self.shards > 1 else ""
-        self.free = free_blocks(config, self.depth)  # whose activations all stay
-
-    def on_gpu(self, first: int = 0) -> list[Shape]:
-        """Shapes of the parameters that live on the GPU, from block `first` on, with the root."""
-        blocks = self.sizes.blocks[first : self.resident]
-        return [*self.sizes.root, *(shape for block in blocks for shape in block)]
-
-    def lasting(self, first_done: int | None) -> list[Part]:
-        """What is there all the time, with the gradients of blocks from `first_done` on (None: of
-        the whole model)."""
-        count = shard_size(self.on_gpu(), self.shards)
-        with_grads = count
-        if first_done is not None and self.config.gradient_accumulation_steps == 1:
-            done = [s for block in self.sizes.blocks[first_done : self.resident] for s in block]
-            with_grads = shard_size(done, self.shards)
-        states = state_bytes(self.on_gpu(), self.shards, self.config.optimizer)
-        ema = FP32 * count * (self.config.ema_decay is not None)
-        whole = f"{self.sizes.num_parameters / 1e9:.3f}B"
-        return [
-            Part("parameters", self.master * count, f"{whole} x {self.master} B{self.per}"),
-            Part("gradients", self.master * with_grads,
-                 f"{with_grads / 1e9:.3f}B here x {self.master} B"),
-            Part("optimizer states", states, f"{whole} x {states / count:.2f} B{self.per} "
-                 f"({self.config.optimizer})"),
-            Part("moving average", ema, f"{whole} x 4 B{self.per}"),
-        ]  # fmt: skip
-
-    def gathered(self, *, is_backward: bool) -> list[Part]:
-        block, root = self.largest_block, sum(map(math.prod, self.sizes.root))
-        million = f"{block / 1e6:.1f}M"
-        parts = [
-            Part("gathered blocks", self.compute * (GATHERED_BLOCKS * block + root),
-                 f"{GATHERED_BLOCKS} blocks x {million} x {self.compute} B, and the embedders"),
-        ]  # fmt: skip
-        if is_backward:
-            parts += [
-                Part("a block's own gradients", self.compute * block,
-                     f"{million} x {self.compute} B, not yet reduced"),
-                Part("reduction buffers", 2 * FP32 * block,
-                     f"this and the previous block: 2 x {million} x 4 B"),
-            ]  # fmt: skip
-        return parts
-
-    def kept(self, alive: int, *, moving: int = 2) -> list[Part]:
-        """What the first `alive` blocks keep for their backward, but for what host memory has."""
-        away = set(self.moved(alive, moving))
-        here = [index for index in range(alive) if index not in away]
-        checkpointed = self.num_checkpointed(here)
-        others = len(here) - checkpointed
-        one = self.tokens * self.width * self.compute
-        where = f"{self.tokens} tokens x {self.width} x {self.compute} B"
-        note = f" ({len(away)} others in host memory)" if away else ""
-        mode = self.config.gradient_checkpointing_mode
-        attention = (one + self.tokens * self.heads * FP32) * (mode != "full")
-        ffn = one * (mode == "selective_ffn")
-        return [
-            Part("block inputs", checkpointed * one, f"{where} x {checkpointed} blocks{note}"),
-            Part("kept attention outputs", checkpointed * attention,
-                 f"({where} + {self.heads} x 4 B) x {checkpointed} blocks{note}"),
-            Part("kept feed-forward outputs", checkpointed * ffn,
-                 f"{where} x {checkpointed} blocks{note}"),
-            Part("blocks without checkpoint", others * self.block_activations,
-                 f"{self.values:.0f} values a token x {self.compute} B x {others} blocks{note}"),
-        ]  # fmt: skip
-
-    def num_checkpointed(self, blocks: list[int]) -> int:
-        return sum(index not in self.free for index in blocks)
-
-    def moved(self, alive: int, moving: int = 2) -> list[int]:
-        """Of the first `alive` blocks those whose activations are in host memory alone: all that
-        are offloaded but the last ones, which have not left yet or are back
-        (`training/offload.py`)."""
-        return [i for i in offloaded_blocks(self.config, self.depth) if i < alive][:-moving]
-
-    @property
-    def num_kept(self) -> int:
-        """Tensors as large as its input that a checkpointed block keeps, its input among them."""
+        # One activation of the model's width, and all that a block makes for its backward. A
+        # checkpointed block keeps its input, and what its mode adds.
+        self.one = self.tokens * self.width * self.compute
+        self.whole = int(self.tokens * (BLOCK_WIDTHS * self.width + 3 * self.ffn)) * self.compute
         modes = ("full", "selective", "selective_ffn")
-        return 1 + modes.index(self.config.gradient_checkpointing_mode)
+        self.num_kept = 1 + modes.index(config.gradient_checkpointing_mode)
+        # Of one device: elements and optimizer states of a block and of the root.
+        shards, optimizer = world.shard_size, config.optimizer
+        self.block, self.root = (shard_size(u, shards) for u in (sizes.block, sizes.root))
+        self.states = [state_bytes(u, shards, optimizer) for u in (sizes.block, sizes.root)]
 
-    @property
-    def values(self) -> float:
-        """A token's, that one block keeps for its backward."""
-        return BLOCK_WIDTHS * self.width + 3 * self.ffn
-
-    @property
-    def block_activations(self) -> int:
-        return int(self.tokens * self.values) * self.compute
-
-    def in_backward(self, index: int) -> list[Part]:
-        """What one block's backward holds beside that."""
-        values = GRADIENT_WIDTHS * self.width + GRADIENT_FFN_WIDTHS * self.ffn
-        size = self.tokens * values * self.compute
-        parts = [Part("gradients of activations", size, "of the feed-forward, 2 x width")]
-        if self.context_size > 1:
-            exchanged = 4 * self.tokens * self.width * self.compute
-            parts.append(Part("exchanged heads", exchanged, "q, k, v and the output (Ulysses)"))
-        if index not in self.free:
-            again = self.block_activations
-            again -= (self.num_kept - 1) * self.tokens * self.width * self.compute
-            text = f"{self.tokens} tokens x {self.values:.0f} values x {self.compute} B"
-            text += ", less what is kept" * (self.num_kept > 1)
-            parts.append(Part("one block recomputed", again, text))
-        return parts
-
-    def ends(self) -> list[Part]:
-        """What is there beside the blocks."""
-        return [
-            Part("latents and loss", 4 * FP32 * self.latents,
-                 "noisy, target, prediction and its gradient, float32"),
-        ]  # fmt: skip
-
-    def moments(self) -> dict[str, list[Part]]:
-        last = self.depth - 1
-        checkpointed = [index for index in range(self.depth) if index not in self.free]
-        final = Part(
-            "final layer", 3 * FP32 * self.tokens * self.width,
-            f"3 float32 copies of {self.tokens} tokens x {self.width}",
-        )  # fmt: skip
-        moments = {
-            "forward of the last block": [
-                *self.lasting(self.depth), *self.gathered(is_backward=False),
-                *self.kept(self.depth, moving=3), *self.ends(),
-            ],
-            "end of forward": [
-                *self.lasting(self.depth), *self.gathered(is_backward=False),
-                *self.kept(self.depth), *self.ends(), final,
-            ],
-            "optimizer step": [*self.lasting(None), self.streaming()],
-        }  # fmt: skip
-        turns = {
-            "backward of the last block": last,
-            "backward of the last checkpointed block": checkpointed[-1] if checkpointed else -1,
-            "backward of the first block": 0,
+    def phases(self) -> dict[str, dict[str, int]]:
+        """What is alive in each phase."""
+        blocks = 2 if self.config.fsdp_reshard_after_forward else self.depth  # in use, fetched
+        block, root = shard_size(self.sizes.block, 1), shard_size(self.sizes.root, 1)
+        always = {
+            "gathered blocks": self.compute * (blocks * block + root),
+            "latents and loss": 4 * FP32 * self.latents,  # noisy, target, prediction, its gradient
         }
-        for name, index in turns.items():
-            if index >= 0:
-                moments[name] = [
-                    *self.lasting(index + 1), *self.gathered(is_backward=True),
-                    *self.kept(index + 1), *self.in_backward(index), *self.ends(),
-                ]  # fmt: skip
-        return moments
+        final = {"final layer": 3 * FP32 * self.tokens * self.width}
+        forward = self.persistent(0) | always
+        found = {
+            "forward of the last block": forward | self.kept(self.depth, moving=3),
+            "end of the forward": forward | self.kept(self.depth) | final,
+            "optimizer step": self.persistent(self.depth, is_step=True),
+        }
+        backward = always | {
+            "gradients of activations": self.tokens * (self.width + self.ffn) * self.compute,
+            "gradients being reduced": FP32 * block,  # of the block before
+            # Queries, keys, values and the output (Ulysses).
+            "exchanged heads": 4 * self.one * (self.world.context_size > 1),
+        }
+        recomputed = self.whole - (self.num_kept - 1) * self.one
+        for index in reversed(range(self.depth)):
+            again = {"one block recomputed": recomputed * (index not in self.free)}
+            alive = self.persistent(self.depth - 1 - index) | self.kept(index + 1)
+            found[f"backward of block {index + 1} of {self.depth}"] = alive | backward | again
+        return found
 
-    def streaming(self) -> Part:
-        """Blocks in host memory pass through the GPU piece by piece."""
-        swapped = self.sizes.blocks[self.resident :]
-        largest = max((shard_size([s], self.shards) for b in swapped for s in b), default=0)
-        size = 4 * FP32 * min(OPTIMIZER_CHUNK, largest)
-        return Part("streamed update", size, "weights, gradients and states of one piece")
+    def persistent(self, done: int, *, is_step: bool = False) -> dict[str, int]:
+        """Parameters, states, averages, and gradients: with one micro-batch a step those of the
+        last `done` blocks, which are done with their backward; else and at the step all."""
+        count = with_grads = self.on_gpu * self.block + self.root
+        if self.config.gradient_accumulation_steps == 1 and not is_step:
+            with_grads = max(0, done - (self.depth - self.on_gpu)) * self.block
+        # HSDP: FSDP2 keeps what the copies exchange until the backward ends.
+        exchanges = self.world.replicate_size > 1 and not is_step
+        return {
+            "parameters": master_bytes(self.config) * count,
+            "gradients": master_bytes(self.config) * with_grads,
+            "optimizer states": self.on_gpu * self.states[0] + self.states[1],
+            "moving average": FP32 * count * (self.config.ema_decay is not None),
+            "gradients that copies exchange": FP32 * done * self.block * exchanges,
+        }
 
-    def host(self) -> list[Part]:
+    def kept(self, alive: int, *, moving: int = 2) -> dict[str, int]:
+        """What the first `alive` blocks keep for their backward, but for what host memory alone
+        has: all that is offloaded but the last `moving`, which have not left yet or are back
+        (`training/offload.py`)."""
+        away = set([i for i in self.offloaded if i < alive][:-moving])
+        free = len([i for i in range(alive) if i in self.free and i not in away])
+        blocks = alive - len(away) - free
+        sums = self.tokens * self.sizes.config["num_heads"] * FP32  # the attention's logarithms
+        return {
+            "block inputs": blocks * self.one,
+            "kept attention outputs": blocks * (self.one + sums) * (self.num_kept > 1),
+            "kept feed-forward outputs": blocks * self.one * (self.num_kept > 2),
+            "uncheckpointed blocks": free * self.whole,
+        }
+
+    def host(self) -> dict[str, int]:
         """In host memory: swapped blocks, offloaded activations, a checkpoint on its way out."""
-        swapped = [shape for block in self.sizes.blocks[self.resident :] for shape in block]
-        everything = [*self.sizes.root, *(shape for block in self.sizes.blocks for shape in block)]
-        one = self.tokens * self.width * self.compute
+        master, swapped = master_bytes(self.config), self.depth - self.on_gpu
+        saved = master + FP32 * (self.config.ema_decay is not None)
+        block = saved * self.block + self.states[0]
         # Each that another block follows is copied, the last ones too, which come back at once.
-        moved = [i for i in offloaded_blocks(self.config, self.depth) if i < self.depth - 1]
-        checkpointed = self.num_checkpointed(moved)
-        activations = checkpointed * self.num_kept * one
-        activations += (len(moved) - checkpointed) * self.block_activations
-        return [
-            Part("swapped blocks",
-                 self.saved(swapped) + self.master * shard_size(swapped, self.shards),
-                 f"weights, gradients and states of {self.depth - self.resident} blocks"),
-            Part("offloaded activations", int(SLABS * activations),
-                 f"of {len(moved)} blocks, {len(moved) - checkpointed} of them without checkpoint, "
-                 "and ends of slabs"),
-            Part("checkpoint", self.saved(everything), "a copy while it is written"),
-        ]  # fmt: skip
-
-    def saved(self, shapes: Sequence[Shape]) -> int:
-        """Of weights, states and averages of one device."""
-        count = shard_size(shapes, self.shards)
-        states = state_bytes(shapes, self.shards, self.config.optimizer)
-        return self.master * count + states + FP32 * count * (self.config.ema_decay is not None)
+        moved = [index for index in self.offloaded if index < self.depth - 1]
+        free = sum(index in self.free for index in moved)
+        activations = (len(moved) - free) * self.num_kept * self.one + free * self.whole
+        return {
+            "swapped blocks": swapped * (block + master * self.block),
+            "offloaded activations": int(SLABS * activations),
+            "a checkpoint's copy": self.depth * block + saved * self.root + self.states[1],
+        }

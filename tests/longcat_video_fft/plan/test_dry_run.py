@@ -7,9 +7,16 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
+from longcat_video_fft.options.buckets import Bucket
+from longcat_video_fft.options.config import TrainConfig
+from longcat_video_fft.options.config_rules import check_world
 from longcat_video_fft.options.load import read_configs
 from longcat_video_fft.plan import dry_run as plan
+from longcat_video_fft.plan.inputs import Report, Samples
+from longcat_video_fft.plan.memory import GIB, ModelSizes, model_sizes
 from longcat_video_fft.train import main
 from tests.longcat_video_fft.support.plan_samples import add_dit, write_planned
 from tests.longcat_video_fft.support.tiny import Tiny, make_model, precompute
@@ -18,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def dry_run(config: Path, *words: str) -> int:
-    return main(["--config", str(config), "--dry-run", *words])
+def dry_run(config: Path, *argv: str) -> int:
+    return main(["--config", str(config), "--dry-run", *argv])
 
 
 def test_a_sound_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +56,12 @@ def test_a_sound_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "Nothing was found that would stop the run.",
     ):
         assert part in text, part
-    assert "source document" not in text  # it says nothing of this model
+
+
+@pytest.fixture(scope="module")
+def released() -> ModelSizes:
+    with torch.device("meta"):
+        return model_sizes(LongCatVideoTransformer3DModel(text_tokens_zero_pad=True))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +73,7 @@ def original(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cached(original: Path, tmp_path: Path) -> Path:
-    """A config with a model and complete caches of its own."""
+    """Returns a config with a model and complete caches of its own."""
     folder = tmp_path / "copy"
     shutil.copytree(original, folder)
     for path in (folder / "run").glob("*.json"):
@@ -103,7 +115,7 @@ def no_weight_files(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words", "parts"),
+    ("harm", "argv", "parts"),
     [
         (remove_dit, (), ["has no dit/", "vae/, text_encoder/"]),
         (another_vae, (), ["made otherwise", "vae_sha256"]),
@@ -123,12 +135,12 @@ def no_weight_files(config: Path) -> None:
     ids=lambda value: getattr(value, "__name__", None) or "".join(value or "")[:40],
 )  # fmt: skip
 def test_what_would_stop_the_run(
-    cached: Path, capsys: pytest.CaptureFixture[str], harm: Any, words: tuple[str, ...],
+    cached: Path, capsys: pytest.CaptureFixture[str], harm: Any, argv: tuple[str, ...],
     parts: list[str],
 ) -> None:  # fmt: skip
     if harm is not None:
         harm(cached)
-    assert dry_run(cached, "--num_gpus", "8", *words) == 1
+    assert dry_run(cached, "--num_gpus", "8", *argv) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("STOPS THE RUN: ")
     for part in parts:
@@ -147,7 +159,7 @@ def test_a_full_disk(
     usage = shutil.disk_usage(cached)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert dry_run(cached) == 1
-    assert "are free; lower checkpoints_total_limit" in capsys.readouterr().out
+    assert "are free. Lower checkpoints_total_limit" in capsys.readouterr().out
 
 
 def test_what_a_cache_lacks(cached: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,23 +177,73 @@ def test_what_a_cache_lacks(cached: Path, tiny: Tiny, capsys: pytest.CaptureFixt
 def test_the_released_model_before_its_download(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is fetched, and the source document's claim is answered."""
+    """Nothing is fetched."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     config = write_planned(tmp_path, tiny, checkpoints_total_limit=1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**13))
-    words = ("--pretrained_model_name_or_path", "null", "--num_gpus", "8")
-    assert dry_run(config, *words) == 0
+    argv = ("--pretrained_model_name_or_path", "null", "--num_gpus", "8")
+    assert dry_run(config, *argv) == 0
     text = capsys.readouterr().out
     assert "meituan-longcat/LongCat-Video: not on this machine" in text
     assert "13,581,071,424 parameters" in text
     assert "35,266,624 a GPU each" in text
-    assert "The source document expects 15 to 20 s a step" in text
+    assert "Not checked: the weights" in text
 
 
 def test_lines_are_what_is_printed(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, data = read_configs(["--config", str(cached)])
-    text, problems = plan.lines(config, data, 2)
-    assert not problems
+    report = Report()
+    plan.write_plan(config, data, 2, report)
+    assert not report.problems
+    assert not report.unchecked
     assert plan.dry_run(config, data, 2) == 0
-    assert capsys.readouterr().out.startswith("\n".join(text))
+    assert capsys.readouterr().out.startswith("\n".join(report.lines))
+
+
+def test_placeholders_of_the_data_file(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All is priced, what was not looked at is reported, and no other command takes them."""
+    config = write_planned(tmp_path, tiny)
+    path = config.parent / "databackend.json"
+    raw = json.loads(path.read_text())
+    raw[0] |= {"type": "aws", "instance_data_dir": "", "aws_bucket_name": "YOUR_BUCKET_NAME"}
+    path.write_text(json.dumps(raw))
+    assert dry_run(config, "--num_gpus", "2") == 0
+    text = capsys.readouterr().out
+    for part in ("predicted peak", "Disk: ", "s a step", "Other settings that fit"):
+        assert part in text, part
+    (line,) = (line for line in text.splitlines() if line.startswith("Not checked: "))
+    assert "databackend.json, where aws_bucket_name is still a placeholder" in line
+    assert "the videos" in line
+    assert dry_run(config, "--num_gpus", "2", "--gpu_memory_gib", "0.5") == 1
+    assert main(["--config", str(config)]) == 2
+    assert precompute(config, "--dry_run") == 2
+    assert precompute(config) == 2
+    assert "aws_bucket_name still holds the placeholder" in capsys.readouterr().err
+
+
+def alternatives(released: ModelSizes, gpus: int, gib: float) -> dict[str, tuple[float, float]]:
+    """Returns (GiB, samples a second) of the settings that are named, in their order."""
+    config = TrainConfig(data_backend_config="databackend.json")
+    world, samples = check_world(config, gpus), Samples(Bucket(93, 480, 832), None)
+    machine = plan.Machine(gpus, 0, gib * GIB, ["H200"], "")
+    rows = plan.alternative_lines(config, released, world, samples, machine)
+    fields = [row.split() for row in rows if row != "none"]
+    return {" ".join(row[:-3]): (float(row[-3]), float(row[-1])) for row in fields}
+
+
+def test_alternatives_fit_and_use_what_is_left(released: ModelSizes) -> None:
+    """The fastest comes first; on a larger machine more blocks keep their activations."""
+    most: list[list[str]] = []
+    for gib in (45, 79.2, 139.8):
+        found = alternatives(released, 8, gib)
+        assert all(needed <= gib for needed, _ in found.values())
+        speeds = [speed for _, speed in found.values()]
+        assert speeds == sorted(speeds, reverse=True)
+        assert "--activation_offload_blocks 48" in found  # smaller ones are reported too
+        most.append([name for name in found if name.startswith("--uncheckpointed_blocks")])
+    assert most == [[], ["--uncheckpointed_blocks 5"], ["--uncheckpointed_blocks 14"]]
+    assert "--fp8_linears true" in found
+    assert alternatives(released, 1, 24) == {}
