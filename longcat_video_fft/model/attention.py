@@ -1,4 +1,4 @@
-"""Attention of LongCat-Video's transformer: rotary positions, the product, and Ulysses.
+"""Attention of LongCat-Video's transformer: rotary positions, softmax attention, and Ulysses.
 
 Shapes: B batch, N tokens (this process's share under context parallelism), H heads, D head size.
 Ships with an export beside `transformer.py`; imports nothing else of this folder.
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-ROPE_BASE = 10000.0
+    Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# In force before torch's own; `attention_kernels.use_backend` sets it.
-kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+ROPE_BASE = 10000.0
 
 
 def rotary_tables(
     grid: tuple[int, int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the 3-D rotary positions, each (T, H*W, D/2) float32.
+    """Computes cos and sin of the 3-D rotary positions, each (T, H*W, D/2) float32.
 
     The head is split into time, height and width; height and width take 2*(D // 6) each
     (longcat_video/modules/rope_3d.py of the official code).
@@ -45,17 +44,18 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs of `x` (B, H, N, D), as `halve_pairs` puts them, by the angles (N, D/2);
-    float32 inside."""
+    """Rotates `x` (B, H, N, D), in the order of `rotate_half_order`, by the angles (N, D/2); the
+    arithmetic is in float32."""
     even, odd = x.float().chunk(2, dim=-1)
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).type_as(x)
 
 
-def halve_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """(heads * D, ...): of each head the even rows before the odd ones.
+def rotate_half_order(rows: Tensor, head_dim: int) -> Tensor:
+    """Puts the even rows of each head before the odd ones, (heads * D, ...) in and out.
 
-    The official model turns pairs of neighbours. Products of q and k are the same in any order of a
-    head's channels, and reordering weights, not activations, lets a GPU read whole lines.
+    The official model rotates interleaved pairs, this one halves (rotate-half). q k^T is the same
+    in any order of a head's channels, and reordering weights, not activations, lets a GPU read
+    whole lines.
     """
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -67,8 +67,12 @@ def attend(
     *,
     key_mask: Tensor | None = None,
     cp_group: ProcessGroup | None = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, H, Nq, D); `key_mask` (B, Nk) is True where a key counts.
+    """Computes softmax(q k^T / sqrt(D)) v, (B, H, Nq, D); `key_mask` (B, Nk) is True where a key
+    counts.
+
+    `kernel` computes it in torch's place where it can: in bf16, without a mask.
 
     With `cp_group` each process comes with its tokens and all heads, and attends over all tokens
     with its heads (DeepSpeed Ulysses, arXiv 2309.14509). Any order of the tokens will do.
@@ -84,7 +88,7 @@ def attend(
 
 
 def _tokens_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
-    """(B, H, N/P, D) of each of P processes -> (B, H/P, N, D)."""
+    """Exchanges (B, H, N/P, D) of each of P processes -> (B, H/P, N, D)."""
     size = group.size()
     pieces = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # (P, B, H/P, N/P, D)
     pieces = _exchange(pieces, group)  # piece p: process p's tokens
@@ -92,7 +96,7 @@ def _tokens_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _heads_to_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
-    """(B, H/P, N, D) of each of P processes -> (B, H, N/P, D)."""
+    """Exchanges (B, H/P, N, D) of each of P processes -> (B, H, N/P, D)."""
     size = group.size()
     pieces = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).contiguous()  # (P, B, H/P, N/P, D)
     pieces = _exchange(pieces, group)  # piece p: process p's heads
@@ -109,9 +113,9 @@ def _exchange(pieces: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class GatherTokens(torch.autograd.Function):
-    """(B, T, S/P, C) of each of P processes -> (B, T, S, C) on all.
+    """Gathers (B, T, S/P, C) of each of P processes -> (B, T, S, C) on all.
 
-    Every process goes on with the same values and the same loss, so its own part of the gradient
+    Every process continues with the same values and the same loss, so its own part of the gradient
     is all that it takes back; the sum over the processes is then the gradient of one loss.
     """
 

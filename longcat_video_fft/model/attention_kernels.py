@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longcat_video_fft.model import attention
 from longcat_video_fft.options.launch import is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from longcat_video_fft.model.attention import Kernel
 
 # Best first: on an H200 at 37,440 tokens FlashAttention-4 (a package) is 1.16 times as fast as
 # cuDNN, and that is 1.7 times as fast as torch's own flash (README.md).
@@ -34,8 +35,8 @@ FLASH4_GPUS, FLASH4_HEADS = (9, 10), (64, 128)  # Hopper and Blackwell; head siz
 
 
 def resolve(mechanism: str, head_dim: int, device: torch.device) -> str:
-    """`attention_mechanism` as `use_backend` takes it: "diffusers" becomes "flash4" where the
-    package flash-attn-4 is installed and can do it."""
+    """Returns `attention_mechanism` as `use_backend` takes it: "diffusers" becomes "flash4" where
+    the package flash-attn-4 is installed and supports the GPU."""
     if mechanism != "diffusers" or device.type != "cuda" or head_dim not in FLASH4_HEADS:
         return mechanism
     is_new = torch.cuda.get_device_capability(device)[0] in FLASH4_GPUS
@@ -44,21 +45,20 @@ def resolve(mechanism: str, head_dim: int, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def use_backend(mechanism: str) -> Iterator[None]:
-    """As `resolve` says: tries all backends in their order, or "flash4" first, or that named."""
-    backends = list(BACKENDS.values())
-    before = attention.kernel
-    attention.kernel = attend_flash4 if mechanism == "flash4" else None
-    if mechanism not in ("diffusers", "flash4"):
-        backends = [BACKENDS[mechanism]]
-    try:
-        with sdpa_kernel(backends, set_priority=True):
-            yield
-    finally:
-        attention.kernel = before
+    """Makes torch use, as `resolve` says, the first backend that works or the one that is named.
+    ("flash4" is no backend of torch's: `choose_kernel` has it.)"""
+    backends = [BACKENDS[mechanism]] if mechanism in BACKENDS else list(BACKENDS.values())
+    with sdpa_kernel(backends, set_priority=True):
+        yield
+
+
+def choose_kernel(mechanism: str) -> Kernel | None:
+    """Returns what `transformer.set_attention_kernel` takes: None leaves attention to torch."""
+    return attend_flash4 if mechanism == "flash4" else None
 
 
 def chosen_backend(mechanism: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The one that is taken there, for the log."""
+    """Returns the name of the backend that is used there, for the log."""
     if mechanism == "flash4" and dtype == torch.bfloat16:
         return mechanism
     q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
@@ -68,13 +68,13 @@ def chosen_backend(mechanism: str, head_dim: int, dtype: torch.dtype, device: to
 
 
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, all (B, H, N or M, D) in bf16 on a GPU."""
+    """Computes softmax(q k^T / sqrt(D)) v, all (B, H, N or M, D) in bf16 on a GPU."""
     return flash4(q, k, v)[0]
 
 
 @torch.library.custom_op("longcat_video_fft::flash4", mutates_args=())
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (B, H, N, D), in memory (B, N, H, D), and the logarithms of the sums (B, H, N) float32."""
+    """Returns (B, H, N, D), in memory (B, N, H, D), and the log-sum-exp (B, H, N) float32."""
     from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -108,7 +108,7 @@ def _(
 
 
 def _as_out(x: Tensor) -> Tensor:
-    """Empty, (B, H, N, D), in memory (B, N, H, D)."""
+    """Returns an empty (B, H, N, D), in memory (B, N, H, D)."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 

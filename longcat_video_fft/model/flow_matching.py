@@ -14,7 +14,7 @@ B samples; T latent frames, h x w latents each; L text tokens, D the text encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +36,7 @@ IMAGE_LATENTS, CONTINUATION_LATENTS = 1, 4
 
 @dataclass(frozen=True)
 class Noised:
-    """What one forward takes and what its output is held against."""
+    """A noised batch holds what one forward takes and what its output is compared with."""
 
     hidden_states: Tensor  # (B, 16, T, h, w) float32; the model casts
     timestep: Tensor  # (B, T) float32, 0..1000; 0 for condition frames, as at inference
@@ -45,26 +45,21 @@ class Noised:
     keeps_caption: Tensor  # (B,) bool
 
     def to(self, device: torch.device) -> Noised:
-        """The same on `device`; the host does not wait."""
+        """Copies it to `device`; the host does not wait."""
         return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Noised:
-        """What torch's loader calls where it pins."""
+        """Pins the tensors; torch's loader calls it."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Noised:
-        return Noised(
-            hidden_states=change(self.hidden_states),
-            timestep=change(self.timestep),
-            target=change(self.target),
-            num_cond_latents=self.num_cond_latents,
-            keeps_caption=change(self.keeps_caption),
-        )
+        names = ("hidden_states", "timestep", "target", "keeps_caption")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What chance decides of a row."""
+    """A draw holds the random numbers of one sample."""
 
     sigma: float
     sigma_cond: float  # of condition frames
@@ -98,7 +93,7 @@ def prepare(batch: Batch, config: TrainConfig, device: torch.device) -> Noised:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, clean - noise) from (B, 16, T, h, w) twice and sigmas (B, T), in float32."""
+    """Returns (x_t, clean - noise) from (B, 16, T, h, w) twice and sigmas (B, T), in float32."""
     clean, s = latents.float(), sigmas[:, None, :, None, None]
     return (1 - s) * clean + s * noise, clean - noise
 
@@ -106,8 +101,8 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, T
 def apply_caption_dropout(
     batch: Batch, keeps_caption: Tensor, empty: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The batch's caption embeddings (B, L, D) and mask (B, L) on `keeps_caption`'s device, with
-    the empty caption, ((1, L, D), (1, L)), for rows (B,) that keep none."""
+    """Returns the batch's caption embeddings (B, L, D) and mask (B, L) on `keeps_caption`'s device,
+    with the empty caption, ((1, L, D), (1, L)), for samples (B,) that keep none."""
     device = keeps_caption.device
     embeds, mask = (to_device(t, device) for t in (batch.caption_embeds, batch.caption_mask))
     empty_embeds, empty_mask = (to_device(t, device) for t in empty)
@@ -118,7 +113,8 @@ def apply_caption_dropout(
 
 
 def draw_num_cond_latents(position: int, num_frames: int, config: TrainConfig) -> int:
-    """How many latent frames the micro-batch is given: none, an image, or a video to continue.
+    """Draws how many latent frames the micro-batch is given: none, an image, or a video to
+    continue.
 
     One draw for a block of positions, as dataset/sampler.py has them of one bucket, so that devices
     at work on one step do the same. At least one frame is left to make: a clip of 2 to 4 latent
@@ -134,8 +130,8 @@ def draw_num_cond_latents(position: int, num_frames: int, config: TrainConfig) -
 
 
 def draw_row(batch: Batch, row: int, config: TrainConfig) -> Draw:
-    """Condition frames are perturbed a little, as the authors do (meituan-longcat/LongCat-Video#4),
-    since at inference they come from a decoded video."""
+    """Draws the numbers of sample `row`. Condition frames are perturbed a little, as the authors do
+    (meituan-longcat/LongCat-Video#4), since at inference they come from a decoded video."""
     generator = make_generator(config.seed, "row", batch.position, row)
     # Every number is drawn whatever the options, so that one option does not change the others'.
     normal = torch.randn((), generator=generator, dtype=torch.float64)
@@ -157,17 +153,17 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 def make_generator(*key: object) -> torch.Generator:
-    """A CPU generator for this key alone, or for 32 bits of its hash: torch takes no more."""
+    """Makes a CPU generator for this key alone, or for 32 bits of its hash: torch takes no more."""
     return torch.Generator().manual_seed(hash_key(*key))
 
 
 def hash_key(*key: object) -> int:
-    """64 bits, the same in every process."""
+    """Hashes the key to 64 bits, the same in every process."""
     return xxhash.xxh3_64_intdigest("\0".join(map(str, key)).encode())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy to a GPU starts from pinned memory: else the host would wait for all queued work."""
+    """Copies; to a GPU from pinned memory, else the host would wait for all queued work."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

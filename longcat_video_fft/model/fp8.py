@@ -1,7 +1,7 @@
-"""`fp8_linears`: the large products of each block in float8, with a scale a row.
+"""`fp8_linears`: the large matmuls of each block in float8, with a scale a row.
 
-Forward and both gradients are float8 products accumulated in float32; weights, activations and
-gradients are kept in bf16 and rounded anew each time, so nothing of float8 lasts (the "rowwise"
+Forward and both gradients are float8 matmuls accumulated in float32; weights, activations and
+gradients are kept in bf16 and rounded each time, so no float8 state persists (the "rowwise"
 recipe of torchao). The attention, the caption's keys and the modulation stay as they are.
 """
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from longcat_video_fft.model.float8 import FLOAT8, FLOAT8_MAX
-from longcat_video_fft.model.layers import Linear
 
 if TYPE_CHECKING:
     from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
@@ -24,7 +23,7 @@ LINEARS = (
 
 
 def use_fp8_linears(model: LongCatVideoTransformer3DModel) -> None:
-    """Makes the products of all blocks float8; names and parameters stay.
+    """Sets the matmuls of all blocks to float8; names and parameters stay.
 
     Raises:
         ValueError: a width is no multiple of 16.
@@ -35,21 +34,20 @@ def use_fp8_linears(model: LongCatVideoTransformer3DModel) -> None:
             if linear.in_features % 16 or linear.out_features % 16:
                 raise ValueError(
                     f"fp8_linears: {name} is {linear.out_features} x {linear.in_features}; float8 "
-                    "products need multiples of 16. Set fp8_linears to false."
+                    "matmuls need multiples of 16. Set fp8_linears to false."
                 )
-            linear.__class__ = Float8Linear
+            linear.matmul = float8_matmul
 
 
-class Float8Linear(Linear):
-    @staticmethod
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = _Float8Product.apply(x.flatten(0, -2), weight)
-        out = out.unflatten(0, x.shape[:-1])  # pyright: ignore
-        return out if bias is None else out + bias
+def float8_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x (..., K), weight (N, K), bias (N) -> x weight^T + bias (..., N)."""
+    out = _Float8Matmul.apply(x.flatten(0, -2), weight)
+    out = out.unflatten(0, x.shape[:-1])  # pyright: ignore
+    return out if bias is None else out + bias
 
 
-class _Float8Product(torch.autograd.Function):
-    """x (M, K), weight (N, K) -> x weight^T (M, N)."""
+class _Float8Matmul(torch.autograd.Function):
+    """Computes x (M, K), weight (N, K) -> x weight^T (M, N)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore
@@ -75,7 +73,7 @@ class _Float8Product(torch.autograd.Function):
 
 
 def multiply(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
-    """a (M, K) times b (N, K) transposed; both are (float8, scale of each row)."""
+    """Multiplies a (M, K) by b (N, K) transposed; both are (float8, scale of each row)."""
     (a8, scale_a), (b8, scale_b) = a, b
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         a8, b8.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=dtype, use_fast_accum=True
@@ -83,6 +81,6 @@ def multiply(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) -> float8 (M, K), row-major, and what a row is to be multiplied by, (M, 1)."""
+    """Rounds (M, K) -> float8 (M, K), row-major, and the scale to multiply each row by, (M, 1)."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12 * FLOAT8_MAX) / FLOAT8_MAX
     return (x.float() / scale).to(FLOAT8).contiguous(), scale

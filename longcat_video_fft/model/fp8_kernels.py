@@ -19,7 +19,7 @@ TILE = 128
 
 @triton.jit
 def _find_peaks(x, row_peaks, column_peaks, m, k, by_rows: tl.constexpr, tile: tl.constexpr):
-    """The largest absolute value of each row and column, as float32; those begin at 0."""
+    """Finds the largest absolute value of each row and column, as float32; those begin at 0."""
     rows = tl.program_id(0) * tile + tl.arange(0, tile)
     columns = tl.program_id(1) * tile + tl.arange(0, tile)
     is_inside = (rows[:, None] < m) & (columns[None, :] < k)
@@ -34,7 +34,7 @@ def _find_peaks(x, row_peaks, column_peaks, m, k, by_rows: tl.constexpr, tile: t
 def _round(
     x, row_peaks, column_peaks, by_row, by_column, m, k, by_rows: tl.constexpr, tile: tl.constexpr
 ):
-    """(M, K) -> float8 (M, K) scaled by rows and float8 (K, M) scaled by columns."""
+    """Rounds (M, K) -> float8 (M, K) scaled by rows and float8 (K, M) scaled by columns."""
     rows = tl.program_id(0) * tile + tl.arange(0, tile)
     columns = tl.program_id(1) * tile + tl.arange(0, tile)
     is_inside = (rows[:, None] < m) & (columns[None, :] < k)
@@ -67,25 +67,22 @@ def _run(x: Tensor, *, by_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("longcat_video_fft::round_both", mutates_args=())
 def round_both(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(M, K) -> float8 (M, K), its rows' scales (M, 1), float8 (K, M), its rows' scales (K, 1)."""
+    """Rounds (M, K) to float8 (M, K), its rows' scales (M, 1); (K, M), its rows' scales (K, 1)."""
     return _run(x, by_rows=True)
 
 
 @round_both.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, k = x.shape
-    scales = x.new_empty((m, 1), dtype=torch.float32), x.new_empty((k, 1), dtype=torch.float32)
-    return (
-        x.new_empty((m, k), dtype=FLOAT8),
-        scales[0],
-        x.new_empty((k, m), dtype=FLOAT8),
-        scales[1],
-    )
+    row_scales = x.new_empty((m, 1), dtype=torch.float32)
+    column_scales = x.new_empty((k, 1), dtype=torch.float32)
+    rows, columns = x.new_empty((m, k), dtype=FLOAT8), x.new_empty((k, m), dtype=FLOAT8)
+    return rows, row_scales, columns, column_scales
 
 
 @torch.library.custom_op("longcat_video_fft::round_columns", mutates_args=())
 def round_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) -> float8 (K, M) and its rows' scales (K, 1)."""
+    """Rounds (M, K) -> float8 (K, M) and its rows' scales (K, 1)."""
     return _run(x, by_rows=False)[2:]
 
 

@@ -1,6 +1,6 @@
 """The small layers of LongCat-Video's transformer: norms, embedders, feed-forward.
 
-Names and precision as in transformer.py, which uses them and tells the shapes.
+Names and precision as in transformer.py, which uses them and gives the shapes.
 Ships with an export beside `transformer.py`; imports nothing else of this folder.
 """
 
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in float32; scaled in the input's dtype."""
+    """Normalizes the last dimension in float32; scales in the input's dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32, back in the input's dtype."""
+    """Normalizes in float32 and returns the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -42,24 +42,24 @@ class LayerNorm(nn.LayerNorm):
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` with float32 arithmetic whatever its weights are kept in."""
+    """Applies `layer` in float32 arithmetic, whatever dtype its weights have."""
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.float(), layer.weight.float(), bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises (B, T, S, C) and shifts and scales it by (B, T, 1, C), in float32."""
+    """Normalizes (B, T, S, C) and shifts and scales it by (B, T, 1, C), in float32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     return (normed * (scale + 1) + shift).type_as(x)
 
 
 class Linear(nn.Linear):
-    """Its product can be asked for with its weights in another order."""
+    """A linear layer whose matmul can be called with reordered weights, or replaced for a layer."""
 
-    product = staticmethod(F.linear)  # (x, weight, bias); `fp8.Float8Linear` has its own
+    matmul = staticmethod(F.linear)  # (x, weight, bias); `fp8.use_fp8_linears` sets another
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.product(input, self.weight, self.bias)
+        return self.matmul(input, self.weight, self.bias)
 
 
 class PatchEmbed3D(nn.Module):
@@ -68,7 +68,7 @@ class PatchEmbed3D(nn.Module):
         self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 16, T, h, w) -> (B, T, S, C). As a product of patches: the convolution is slow."""
+        """Embeds (B, 16, T, h, w) -> (B, T, S, C) by a matmul of patches: a convolution is slow."""
         _, ph, pw = self.proj.kernel_size
         patches = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # (B, c, T, h, ph, w, pw)
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)  # (B, T, S, c*p)
@@ -84,7 +84,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """(B, T) in 0..1000 -> (B, T, adaln_tembed_dim) float32; cosines before sines."""
+        """Embeds (B, T) in 0..1000 -> (B, T, adaln_tembed_dim) float32; cosines before sines."""
         powers = torch.arange(self.num_waves, dtype=torch.float32, device=timestep.device)
         angles = timestep.float()[..., None] * torch.exp(
             -math.log(10000.0) / self.num_waves * powers
@@ -105,14 +105,14 @@ class CaptionEmbedder(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU; the inner width is 2/3 of the asked one, rounded up to a multiple of 256."""
+    """Computes SwiGLU; the inner width is 2/3 of the asked one, rounded up to a multiple of 256."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         inner = 256 * math.ceil(int(2 * hidden_dim / 3) / 256)
-        self.w1 = nn.Linear(dim, inner, bias=False)
-        self.w2 = nn.Linear(inner, dim, bias=False)
-        self.w3 = nn.Linear(dim, inner, bias=False)
+        self.w1 = Linear(dim, inner, bias=False)
+        self.w2 = Linear(inner, dim, bias=False)
+        self.w3 = Linear(dim, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

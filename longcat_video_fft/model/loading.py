@@ -1,20 +1,24 @@
 """Weights in and out: a `dit` folder -> (sharded) parameters -> a folder of the Diffusers layout.
 
-A model is built on the meta device, sharded, given memory, and only then filled: each process reads
-just the rows it keeps. Training from nothing draws start values from a hash of the parameter's name
-and the value's place, so that they do not depend on the number of processes or the device.
+A model is built on the meta device, sharded, given memory, and only then loaded: each process reads
+just the rows it keeps. Training from nothing draws initial values from a hash of the parameter's
+name and the value's place, so that they do not depend on the number of processes or the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from diffusers import __version__ as diffusers_version
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,25 +32,66 @@ from longcat_video_fft.model.sharding import (
     random_keys,
     to_int32,
 )
-from longcat_video_fft.options.hub import check_free_disk
+from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
+from longcat_video_fft.options.hub import check_free_disk, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from longcat_video_fft.options.config import TrainConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 WEIGHTS = "diffusion_pytorch_model"  # .safetensors, or -00001-of-00006.safetensors and an index
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 LARGEST_SANE = 1e4  # of a weight's absolute value
-# Start values: layers whose output scales or replaces what flows on begin small, so that a new
+# Initialization: layers whose output scales or replaces what follows begin small, so that a new
 # model begins near the identity. Not at 0: the blocks' gradients would be 0, and timings untrue.
 SMALL_LAYERS = ("adaLN_modulation.", "final_layer.linear.")
 SMALL_GAIN = 0.2
 DRAW_CHUNK = 1 << 24
 
 
+def find_transformer(config: TrainConfig) -> Path:
+    """Returns the folder dit/ of the model; raises ValueError when it is not there."""
+    root = resolve_artifact(
+        config.model, field="pretrained_model_name_or_path", allow_patterns=("dit/*",)
+    )
+    folder = root / "dit"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"pretrained_model_name_or_path={config.model}: {root} has no dit/config.json. It must "
+            "be laid out as the released LongCat-Video: dit/, vae/, text_encoder/, tokenizer/."
+        )
+    return folder
+
+
+def local_model(spec: str) -> Path | None:
+    """Returns the folder that `spec` names, without a connection; None where it is not here.
+
+    Raises:
+        ValueError: neither a folder nor a hub id.
+    """
+    if Path(spec).expanduser().is_dir():
+        return Path(spec).expanduser()
+    repo, _, revision = spec.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise ValueError(
+            f"pretrained_model_name_or_path={spec}: no such folder; give one, or a hub id."
+        )
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+    return None
+
+
+def build_transformer(folder: Path) -> LongCatVideoTransformer3DModel:
+    """Builds the model of `folder`/config.json on the meta device: no memory, no values."""
+    options = json.loads((folder / "config.json").read_text("utf-8"))
+    with torch.device("meta"):
+        return LongCatVideoTransformer3DModel.from_config(options)  # pyright: ignore
+
+
 class CheckpointReader:
-    """Rows of named tensors from the safetensors files of one folder, with or without an index.
+    """Reads rows of named tensors from a folder's safetensors files, with or without an index.
 
     Raises:
         ValueError: no weights in the folder, a file of the index is missing, or one is damaged.
@@ -71,13 +116,13 @@ class CheckpointReader:
         return tuple(self.where[name].get_slice(name).get_shape())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor; all of a scalar."""
+        """Reads rows [start, stop) of a tensor; all of a scalar."""
         piece = self.where[name].get_slice(name)
         return piece[start:stop] if piece.get_shape() else self.where[name].get_tensor(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the index names, else all that are there."""
+    """Returns the safetensors files that the index names, else all that are there."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
@@ -101,7 +146,7 @@ def weight_files(folder: Path) -> list[Path]:
 def load_weights(
     model: nn.Module, folder: Path | None, *, seed: int, init: str = "pretrained"
 ) -> None:
-    """Fills every parameter: from `folder`, or with start values. All processes call it.
+    """Loads every parameter from `folder`, or initializes it. All processes call it.
 
     Raises:
         ValueError: on all processes: names or shapes do not match the model's, or `verify_loaded`.
@@ -109,7 +154,7 @@ def load_weights(
     params = {official_name(name): param for name, param in model.named_parameters()}
     if init == "random":
         for name, param in params.items():
-            draw(name, param, seed=seed)
+            init_parameter(name, param, seed=seed)
     else:
         assert folder is not None
         reader = CheckpointReader(folder)
@@ -123,7 +168,7 @@ def load_weights(
 
 
 def official_name(name: str) -> str:
-    """A parameter's name without the wrappers of checkpointing and compilation."""
+    """Returns a parameter's name without the wrappers of checkpointing and compilation."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -150,8 +195,8 @@ def check_names(reader: CheckpointReader, params: dict[str, Any]) -> None:
         )
 
 
-def draw(name: str, param: Tensor, *, seed: int) -> None:
-    """Fills this process's part with start values that depend on name, place and seed alone.
+def init_parameter(name: str, param: Tensor, *, seed: int) -> None:
+    """Initializes this process's part with values that depend on name, place and seed alone.
 
     As usual for diffusion transformers: linears uniform after Glorot and Bengio (2010), norms 1,
     biases 0, `SMALL_LAYERS` uniform with a gain of SMALL_GAIN.
@@ -170,15 +215,15 @@ def draw(name: str, param: Tensor, *, seed: int) -> None:
         deviation = math.sqrt(2 / (fan_in + fan_out))
         if any(layer in name for layer in SMALL_LAYERS):
             deviation = SMALL_GAIN / math.sqrt(fan_in)
-        fill_uniform(
+        init_uniform(
             part, math.sqrt(3) * deviation, first_element(param), random_keys(seed, "start", name)
         )
     else:
-        raise ValueError(f"{name}: no rule for its start values; loading.draw needs one.")
+        raise ValueError(f"{name}: no rule for its initial values; init_parameter needs one.")
 
 
-def fill_uniform(part: Tensor, bound: float, first: int, keys: tuple[int, int]) -> None:
-    """U(-bound, bound) from 24 random bits a value; `first`: the part's place in the whole."""
+def init_uniform(part: Tensor, bound: float, first: int, keys: tuple[int, int]) -> None:
+    """Draws U(-bound, bound), 24 random bits a value; `first`: the part's place in the whole."""
     flat = part.view(-1)
     for start in range(0, len(flat), DRAW_CHUNK):
         piece = flat[start : start + DRAW_CHUNK]
@@ -189,7 +234,7 @@ def fill_uniform(part: Tensor, bound: float, first: int, keys: tuple[int, int]) 
 
 @torch.no_grad()
 def verify_loaded(model: nn.Module) -> None:
-    """All processes call it, and all raise alike.
+    """Checks that every weight has a sane value. All processes call it, and all raise alike.
 
     Raises:
         ValueError: a tensor is still on the meta device, or a parameter is not finite, larger than
@@ -213,14 +258,14 @@ def verify_loaded(model: nn.Module) -> None:
         if size > LARGEST_SANE:
             raise ValueError(f"{name}: a weight of size {size:.3g} is beyond all sense.")
         if size == 0 and not name.endswith("bias"):
-            raise ValueError(f"{name}: all its weights are zero; the file was never filled.")
+            raise ValueError(f"{name}: all its weights are zero; the file was never written.")
 
 
 def save_transformer(module: Any, folder: Path, *, dtype: torch.dtype, is_main: bool) -> None:
     """Writes config.json and safetensors of the Diffusers layout; all processes call it.
 
-    The main process gathers and writes tensor by tensor. The folder appears whole or not at all: it
-    is written beside its place and renamed.
+    The main process gathers and writes tensor by tensor. The folder is written atomically: beside
+    its place, then renamed.
     """
     partial = folder.with_name(folder.name + ".partial")
     if is_main:
@@ -280,7 +325,7 @@ class ShardWriter:
 
 
 def whole_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(official name, whole tensor on the CPU) one by one. All processes take part."""
+    """Yields (official name, whole tensor on the CPU) one by one; all processes take part."""
     reshard(module)
     for name, param in module.named_parameters():
         value: Any = param.detach().to(dtype)
@@ -291,14 +336,14 @@ def whole_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets go of gathered weights: FSDP keeps some after a forward, and would not see new ones."""
+    """Frees gathered weights: FSDP keeps some after a forward, and would not see new ones."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def diffusers_config(module: Any) -> dict[str, Any]:
-    """config.json of a Diffusers model. Its own `save_config` would name FSDP's subclass."""
+    """Makes a Diffusers config.json. Its own `save_config` would name FSDP's subclass."""
     kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
     options = {key: value for key, value in module.config.items() if not key.startswith("_")}
     return {"_class_name": kind.__name__, "_diffusers_version": diffusers_version, **options}

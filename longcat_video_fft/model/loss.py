@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 
 
 def sample_losses(prediction: Tensor, noised: Noised) -> Tensor:
-    """(B, 16, T, h, w) -> (B,) float32: mean squared errors over the frames that are not given."""
+    """Computes (B, 16, T, h, w) -> (B,) float32: mean squared errors over the frames to predict."""
     error = prediction.float() - noised.target
     return error[:, :, noised.num_cond_latents :].square().mean(dim=(1, 2, 3, 4))

@@ -45,14 +45,14 @@ KERNELS = [
 
 @dataclass
 class LongCatVideoPipelineOutput(BaseOutput):
-    """One entry a prompt: a list of pictures ("pil"), or (T, H, W, 3) in 0..1 ("np"),
-    (T, 3, H, W) in 0..1 ("pt"), or normalised latents (16, t, h, w) ("latent")."""
+    """The output has one entry a prompt: a list of pictures ("pil"), or (T, H, W, 3) in 0..1
+    ("np"), (T, 3, H, W) in 0..1 ("pt"), or normalized latents (16, t, h, w) ("latent")."""
 
     frames: list[list[Image]] | np.ndarray | Tensor
 
 
 class LongCatVideoPipeline(DiffusionPipeline):
-    """Text-to-video, image-to-video, continuation.
+    """The pipeline makes text-to-video, image-to-video and continuations.
 
     `tokenizer` and `text_encoder` may be None where embeddings are given for all prompts;
     `max_sequence_length` is the number of text keys that the transformer was trained on.
@@ -112,7 +112,7 @@ class LongCatVideoPipeline(DiffusionPipeline):
         Args:
             image: the first frame: a picture, or a list of one a prompt. PIL pictures and bytes
                 (H, W, 3) are cut to the shape; other arrays and tensors, in 0..1, are squeezed.
-            video: frames to go on from, a list of pictures or bytes (T, H, W, 3); the last
+            video: frames to continue, a list of pictures or bytes (T, H, W, 3); the last
                 `num_cond_frames` are used, and stand at the beginning of the result.
             num_frames: of the whole result, 4n + 1.
             guidance_scale: at most 1 leaves the negative prompt out.
@@ -181,7 +181,7 @@ class LongCatVideoPipeline(DiffusionPipeline):
     def _check_condition(
         self, image: Any, video: Any, num_cond_frames: int, num_frames: int
     ) -> int:
-        """How many frames are given."""
+        """Returns how many frames are given."""
         if image is not None and video is not None:
             raise ValueError("Give an image or a video to start from, not both.")
         if image is None and video is None:
@@ -199,7 +199,7 @@ class LongCatVideoPipeline(DiffusionPipeline):
     def _embed(
         self, prompt: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What was given, or is made of the prompt: states (B, L, D) and mask (B, L)."""
+        """Returns what was given, or is made of the prompt: states (B, L, D) and mask (B, L)."""
         if prompt is not None and embeds is None:
             return self.encode_prompt(prompt)
         if prompt is not None or embeds is None or mask is None:
@@ -210,14 +210,14 @@ class LongCatVideoPipeline(DiffusionPipeline):
         return embeds.to(self._execution_device), mask.to(self._execution_device)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """(16, t, h, w)"""
+        """Returns (16, t, h, w)."""
         channels = self.transformer.config["in_channels"]
         frames = (num_frames - 1) // self.frame_stride + 1
         return channels, frames, height // self.pixel_stride, width // self.pixel_stride
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
-        """-> states (B, L, D) of the cleaned prompts, all padded to L tokens, and mask (B, L)."""
+        """Returns states (B, L, D) of the cleaned prompts, padded to L tokens, and mask (B, L)."""
         if self.text_encoder is None:
             raise ValueError("This pipeline has no text encoder: give embeddings for all prompts.")
         texts = [clean_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -232,7 +232,7 @@ class LongCatVideoPipeline(DiffusionPipeline):
     def encode_condition(
         self, image: Any, video: Any, num_cond_frames: int, height: int, width: int
     ) -> Tensor:
-        """-> normalised latents (B or 1, 16, t, h, w), the mean as training has it."""
+        """Returns normalized latents (B or 1, 16, t, h, w), the mean as training has it."""
         if video is None:
             pictures = list(image) if isinstance(image, list | tuple) else [image]
         else:
@@ -259,7 +259,7 @@ class LongCatVideoPipeline(DiffusionPipeline):
         use_optimized_scale: bool,
         scale_from: int,
     ) -> Tensor:
-        """Noise -> latents, (B, 16, t, h, w) float32, in place; the first `num_cond_latents` stay.
+        """Denoises latents (B, 16, t, h, w) float32 in place; the first `num_cond_latents` stay.
 
         `embeds` (B or 2B, L, D) with the negative prompts first, `mask` (B or 2B, L). The scale of
         the guidance is taken over the frames from `scale_from` on.
@@ -310,33 +310,33 @@ class LongCatVideoPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Normalised latents (B, 16, t, h, w) -> frames of `output_type`."""
+        """Decodes normalized latents (B, 16, t, h, w) to frames of `output_type`."""
         latents = latents * self.statistics("std", latents) + self.statistics("mean", latents)
         video = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
     def statistics(self, name: str, latents: Tensor) -> Tensor:
-        """The "mean" or "std" of raw latents, (16, 1, 1, 1)."""
+        """Returns the "mean" or "std" of raw latents, (16, 1, 1, 1)."""
         values = self.vae.config[f"latents_{name}"]
         return torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
 
 
 def optimized_scale(positive: Tensor, negative: Tensor) -> Tensor:
-    """CFG-Zero*, arXiv 2503.18886: <v+, v-> / |v-|^2 of each sample, (B, 1, 1, 1, 1)."""
+    """Computes CFG-Zero*, arXiv 2503.18886: <v+, v-> / |v-|^2 of each sample, (B, 1, 1, 1, 1)."""
     dims = (1, 2, 3, 4)
-    product = (positive * negative).sum(dims, keepdim=True)
-    return product / (negative.square().sum(dims, keepdim=True) + 1e-8)
+    dot = (positive * negative).sum(dims, keepdim=True)
+    return dot / (negative.square().sum(dims, keepdim=True) + 1e-8)
 
 
 def clean_prompt(text: str) -> str:
-    """The official rules: broken encodings mended, HTML entities undone twice, runs of white
+    """Applies the official rules: broken encodings fixed, HTML entities undone twice, runs of white
     space made one blank."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 def as_picture(frame: Any) -> Any:
-    """Bytes (H, W, 3) as a picture; anything else as it is."""
+    """Makes a picture of bytes (H, W, 3); returns anything else as it is."""
     return fromarray(frame) if getattr(frame, "dtype", None) == np.uint8 else frame
 
 

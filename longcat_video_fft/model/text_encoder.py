@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Raises ValueError when the folder holds no tokenizer."""
+    """Loads the tokenizer; raises ValueError when the folder holds none."""
     from transformers import AutoTokenizer  # here: the plan imports this file too
 
     try:
@@ -33,12 +33,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
-    """Tokens of cleaned captions, the end mark included, before they are cut at MAX_TOKENS."""
+    """Counts tokens of cleaned captions, the end mark included, before the cut at MAX_TOKENS."""
     return [len(ids) for ids in tokenizer(captions)["input_ids"]] if captions else []
 
 
 class TextEncoder:
-    """UMT5 in bf16 on `device`.
+    """Encodes captions by UMT5 in bf16 on `device`.
 
     Raises:
         ValueError: no UMT5 in the folder.
@@ -62,7 +62,8 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """Cleaned captions -> (L, D) bf16 on the CPU each, padded to the longest in between.
+        """Encodes cleaned captions -> (L, D) bf16 on the CPU each, padded to the longest in
+        between.
 
         UMT5's positions are relative and padding is masked, so valid tokens do not see it; a batch
         of other captions changes their last bits alone.

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from longcat_video_fft.model.attention import (
     GatherTokens,
     attend,
-    halve_pairs,
     rotary_tables,
     rotate,
+    rotate_half_order,
 )
 from longcat_video_fft.model.layers import (
     EPS,
@@ -49,9 +49,10 @@ if TYPE_CHECKING:
 
 
 class Attention(nn.Module):
-    """Over all tokens of a video. Condition tokens see each other only; the others see all."""
+    """Attends over a video's tokens. Condition tokens see each other only; the others see all."""
 
     cp_group: ProcessGroup | None = None
+    kernel: Callable[..., Tensor] | None = None
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -59,54 +60,58 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, num_cond: int) -> Tensor:
-        """(B, N, C) -> (B, N, C); cos and sin (N, D/2); the first `num_cond` tokens are clean."""
+        """Attends, (B, N, C) in and out; cos and sin (N, D/2); the first `num_cond` tokens are
+        clean."""
         head_dim, width = 2 * cos.shape[-1], self.proj.in_features
         weight, bias = (
-            torch.cat((halve_pairs(p[: 2 * width], head_dim), p[2 * width :]))
+            torch.cat((rotate_half_order(p[: 2 * width], head_dim), p[2 * width :]))
             for p in (self.qkv.weight, self.qkv.bias)
         )
-        qkv = self.qkv.product(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv.matmul(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
-        q = RMSNorm.normalize(q, halve_pairs(self.q_norm.weight, head_dim))
-        k = RMSNorm.normalize(k, halve_pairs(self.k_norm.weight, head_dim))
+        q = RMSNorm.normalize(q, rotate_half_order(self.q_norm.weight, head_dim))
+        k = RMSNorm.normalize(k, rotate_half_order(self.k_norm.weight, head_dim))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        how: dict[str, Any] = {"cp_group": self.cp_group, "kernel": self.kernel}
         if num_cond == 0:
-            out = attend(q, k, v, cp_group=self.cp_group)
+            out = attend(q, k, v, **how)
         else:
-            clean = (t[:, :, :num_cond] for t in (q, k, v))
-            out_clean = attend(*clean, cp_group=self.cp_group)
-            out_noise = attend(q[:, :, num_cond:], k, v, cp_group=self.cp_group)
+            out_clean = attend(*(t[:, :, :num_cond] for t in (q, k, v)), **how)
+            out_noise = attend(q[:, :, num_cond:], k, v, **how)
             out = torch.cat((out_clean, out_noise), dim=2)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Of video tokens over the caption's; condition tokens take nothing from it."""
+    """Attends from video tokens to the caption's; condition tokens take nothing from it."""
+
+    kernel: Callable[..., Tensor] | None = None
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
         self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
 
     def forward(self, x: Tensor, y: Tensor, key_mask: Tensor | None, num_cond: int) -> Tensor:
-        """(B, N, C), (B, L, C), (B, L) or None -> (B, N, C)."""
+        """Computes (B, N, C), (B, L, C), (B, L) or None -> (B, N, C)."""
         q = self.q_linear(x[:, num_cond:]).unflatten(-1, (self.num_heads, -1))  # (B, N, H, D)
         k, v = self.kv_linear(y).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (B, L, H, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(*(t.transpose(1, 2) for t in (q, k, v)), key_mask=key_mask)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = attend(q, k, v, key_mask=key_mask, kernel=self.kernel)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return F.pad(out, (0, 0, num_cond, 0)) if num_cond else out
 
 
 class LongCatSingleStreamBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; modulated by each frame's timestep.
+    """A block is self-attention, cross-attention, feed-forward; modulated by each frame's timestep.
 
     `checkpoint_context`: None keeps all activations; a function as torch's `context_fn` recomputes
     what it does not keep. `compile_block` compiles the work; hooks of FSDP stay outside of it.
@@ -128,7 +133,7 @@ class LongCatSingleStreamBlock(nn.Module):
         self.work: Callable[..., Tensor] = self._work
 
     def forward(self, *inputs: Any) -> Tensor:
-        """See `_work`."""
+        """Runs `_work`, compiled or not."""
         return self.work(*inputs)
 
     def compile_block(self) -> None:
@@ -175,17 +180,18 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, T, S, C) -> (B, T, S, patch * channels) float32."""
+        """Projects (B, T, S, C) -> (B, T, S, patch * channels) float32."""
         modulation = linear_fp32(self.adaLN_modulation[1], F.silu(t))  # pyright: ignore
         shift, scale = modulation.unsqueeze(2).chunk(2, dim=-1)
         return linear_fp32(self.linear, modulate(x, shift, scale))
 
 
 class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
-    """13,581,071,424 parameters at the released config, which sets text_tokens_zero_pad.
+    """The model has 13,581,071,424 parameters at the released config, which sets
+    text_tokens_zero_pad.
 
     The options from `enable_flashattn3` to `cp_split_hw` are the official config's and only kept:
-    `attention_kernels.use_backend` chooses the kernel, `set_context_parallel` the parallelism.
+    `set_attention_kernel` chooses the kernel, `set_context_parallel` the parallelism.
     """
 
     _supports_gradient_checkpointing = False
@@ -231,6 +237,11 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
             hidden_size, math.prod(patch_size) * out_channels, adaln_tembed_dim
         )
         self.cp_group: ProcessGroup | None = None
+
+    def set_attention_kernel(self, kernel: Callable[..., Tensor] | None) -> None:
+        """Computes attention by `kernel` where it can, else as torch chooses (`attend`)."""
+        for block in self.blocks:
+            block.attn.kernel = block.cross_attn.kernel = kernel  # pyright: ignore
 
     def set_context_parallel(self, group: ProcessGroup) -> None:
         """Shares the patches of each frame out to the group's processes.
@@ -285,7 +296,7 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
 
     @property
     def patch(self) -> tuple[int, int]:
-        """Height and width of a patch in latents."""
+        """Returns height and width of a patch in latents."""
         return tuple(self.config["patch_size"][1:])
 
     def _own_part(self, x: Tensor, dim: int) -> Tensor:
@@ -298,7 +309,7 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin):
         return x.chunk(size, dim)[self.cp_group.rank()].contiguous()
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, T, S, ph*pw*c) -> (B, c, T, h, w)."""
+        """Reorders (B, T, S, ph*pw*c) -> (B, c, T, h, w)."""
         frames, rows, columns = grid
         ph, pw = self.patch
         x = x.unflatten(3, (ph, pw, -1)).unflatten(2, (rows, columns))

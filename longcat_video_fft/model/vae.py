@@ -3,7 +3,7 @@
     frames (T, H, W, 3) uint8 -> latents (16, t, h, w) bf16: (mean - latents_mean) / latents_std
 
 diffusers encodes 1 + 4 + 4 + ... frames, each piece with the state of the one before. The encoder
-is causal, so longer pieces give the same latents; on a GPU they fill it better, and compiling
+is causal, so longer pieces give the same latents; they use a GPU better, and compiling
 fuses what lies between the convolutions. One video a call: its bytes do not depend on others.
 """
 
@@ -31,13 +31,13 @@ COMPILE_FROM = 200
 
 @dataclass(frozen=True)
 class Pending:
-    """Latents that a GPU may not have finished yet."""
+    """A pending result holds latents that a GPU may not have finished yet."""
 
     host: Tensor
     done: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
-        """(16, t, h, w) bf16 on the CPU."""
+        """Returns (16, t, h, w) bf16 on the CPU."""
         if self.done is not None:
             self.done.synchronize()
         return self.host
@@ -62,19 +62,19 @@ class VideoEncoder:
         self.std = torch.tensor(vae.config.latents_std, device=device).view(shape)  # pyright: ignore
 
     def prepare(self, frames: np.ndarray) -> Tensor:
-        """Frames ready to be copied to a GPU while it works; for the worker threads."""
+        """Makes frames ready to be copied to a GPU while it works; for the worker threads."""
         pixels = torch.from_numpy(frames)
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, *, compiled: bool = False) -> Pending:
-        """(T, H, W, 3) uint8 -> (16, t, h, w) bf16. Returns at once: a GPU is still at work."""
+        """Encodes (T, H, W, 3) uint8 -> (16, t, h, w) bf16; returns while a GPU is at work."""
         pixels = pixels.to(self.device, non_blocking=True)
         # (1, 3, T, H, W) in memory as it came, which is the convolutions' channels-last order
         video = pixels.permute(3, 0, 1, 2).unsqueeze(0).to(self.dtype) / 127.5 - 1.0
         video = video.contiguous(memory_format=torch.channels_last_3d)
-        moments = self._encode_pieces(video, compiled=compiled)
-        mean = moments.chunk(2, dim=1)[0].float()
+        statistics = self._encode_pieces(video, compiled=compiled)
+        mean = statistics.chunk(2, dim=1)[0].float()
         latents = ((mean - self.mean) / self.std)[0].to(torch.bfloat16).contiguous()
         if self.device.type != "cuda":
             return Pending(latents, None)
@@ -86,7 +86,7 @@ class VideoEncoder:
         return Pending(host, done)
 
     def _encode_pieces(self, video: Tensor, *, compiled: bool) -> Tensor:
-        """(1, 3, T, H, W) -> (1, 32, t, h, w): mean and log variance.
+        """Encodes (1, 3, T, H, W) -> (1, 32, t, h, w): mean and log variance.
 
         As `AutoencoderKLWan._encode` in diffusers, with longer pieces.
         """
@@ -109,7 +109,7 @@ class VideoEncoder:
 def load_video_encoder(
     folder: Path, device: torch.device, *, dtype: torch.dtype, chunk_frames: int
 ) -> VideoEncoder:
-    """The VAE of a folder in the diffusers layout.
+    """Loads the VAE of a folder in the diffusers layout.
 
     Raises:
         ValueError: no Wan VAE there.
@@ -132,7 +132,7 @@ def load_video_encoder(
 
 
 def use_channels_last(vae: nn.Module) -> None:
-    """Weights in the order of the pictures, or each call converts them."""
+    """Puts the weights in the order of the pictures, else each call converts them."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)

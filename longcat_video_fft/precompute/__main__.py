@@ -28,12 +28,12 @@ FLAGS = ("--dry_run", "--verify", "--repair", "--retry_failed")
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    flags = {word for word in words if word in FLAGS}
+    argv = sys.argv[1:] if argv is None else argv
+    flags = {option for option in argv if option in FLAGS}
     is_main = os.environ.get("RANK", "0") == "0"
     start_logging(is_main=is_main)
     try:
-        config, data = read_configs([word for word in words if word not in flags])
+        config, data = read_configs([option for option in argv if option not in flags])
         check_caches_are_folders(data)
         if "--repair" in flags and "--verify" not in flags:
             raise ValueError("the command line: --repair goes with --verify.")

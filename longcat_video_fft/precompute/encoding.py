@@ -15,16 +15,13 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
-from longcat_video_fft.dataset.samples import CAPTIONS
 from longcat_video_fft.media.bad_video import BadVideoError
 from longcat_video_fft.media.decoding import decode_sample
 from longcat_video_fft.model.vae import COMPILE_FROM
 from longcat_video_fft.storage.storage import ObjectVanishedError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -56,7 +53,7 @@ class Failures:
 
 
 def read_failures(folder: Path) -> dict[tuple[str, int], tuple[str, str]]:
-    """(reason, message) by (filename, size); the newest file's word counts."""
+    """Returns (reason, message) by (filename, size); the newest file's line counts."""
     found: dict[tuple[str, int], tuple[str, str]] = {}
     files = sorted(folder.glob(f"*{FAILURES_ENDING}"), key=lambda path: path.stat().st_mtime_ns)
     for path in files:
@@ -67,15 +64,8 @@ def read_failures(folder: Path) -> dict[tuple[str, int], tuple[str, str]]:
     return found
 
 
-def caption_batches(folder: Path, batch_size: int) -> Iterator[list[tuple[str, str]]]:
-    """Fixed stretches of the captions' list: (caption id, cleaned caption)."""
-    table = pq.read_table(folder / CAPTIONS, columns=["caption_id", "caption"])
-    for batch in table.combine_chunks().to_batches(max_chunksize=batch_size):
-        yield list(zip(*(batch.column(i).to_pylist() for i in range(2)), strict=True))
-
-
 def encode_captions(
-    batches: list[list[tuple[str, str]]],
+    batches: Sequence[Sequence[tuple[str, str, int]]],
     encoder: TextEncoder,
     writer: ShardWriter,
     cache: TensorCache,
@@ -83,7 +73,8 @@ def encode_captions(
     write_batch_size: int,
     on_done: Callable[[int], None],
 ) -> None:
-    """Embeds what of these batches is missing. A batch is always encoded whole."""
+    """Embeds what is missing of these batches of (caption id, cleaned caption, tokens). A batch is
+    always encoded whole."""
     waiting: list[tuple[str, Tensor, str, int]] = []
 
     def write() -> None:
@@ -93,10 +84,10 @@ def encode_captions(
             waiting.clear()
 
     for batch in batches:
-        embeddings = encoder.encode([caption for _, caption in batch])
+        embeddings = encoder.encode([caption for _, caption, _ in batch])
         waiting += [
             (name, embedding, "", 0)
-            for (name, _), embedding in zip(batch, embeddings, strict=True)
+            for (name, *_), embedding in zip(batch, embeddings, strict=True)
             if cache.find(name) is None
         ]
         if len(waiting) >= write_batch_size:
@@ -175,7 +166,7 @@ class VideoStage:
         return pixels, sample.bucket
 
     def _take(self, job: Job, future: Future[Any]) -> tuple[Tensor, Bucket] | None:
-        """The decoded video; None when it cannot be used, which is written down."""
+        """Returns the decoded video; None when it cannot be used, which is written down."""
         name, version = job[0], job[1]
         try:
             return future.result()

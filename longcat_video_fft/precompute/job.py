@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from longcat_video_fft.dataset.cache import ShardWriter, open_folder
-from longcat_video_fft.dataset.samples import CAPTIONS, SAMPLES, read_samples
+from longcat_video_fft.dataset.cache import ShardWriter
+from longcat_video_fft.dataset.samples import CAPTIONS, SAMPLES
 from longcat_video_fft.dataset.sources import open_videos
 from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.model.vae import load_video_encoder
@@ -25,19 +25,11 @@ from longcat_video_fft.options.hub import check_free_disk, resolve_artifact
 from longcat_video_fft.precompute.encoding import (
     Failures,
     VideoStage,
-    caption_batches,
     encode_captions,
-    read_failures,
 )
 from longcat_video_fft.precompute.manifest import check_manifest, describe_latents, describe_text
-from longcat_video_fft.precompute.state import (
-    Missing,
-    find_missing,
-    is_complete,
-    permanent,
-    report_result,
-)
-from longcat_video_fft.precompute.survey import Survey, find_rows, survey
+from longcat_video_fft.precompute.state import CacheState, is_complete
+from longcat_video_fft.precompute.survey import find_rows, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +49,7 @@ VIDEOS_PER_S = 1.38
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of the parts that the caches need."""
+    """The model's folders, one for each part that the caches need."""
 
     vae: Path
     text_encoder: Path
@@ -78,24 +70,22 @@ def make_caches(
         ValueError: a mistake of the user's: storage, model, cache of other settings, disk.
         OSError: the disk fails or is full.
     """
-
     models = find_models(config)
     holds_lock = processes.is_main and not is_dry
     with lock_cache(data.latent_cache) if holds_lock else contextlib.nullcontext():
-        missing = processes.main_first("plan", lambda: plan(config, data, models, retries_failed))
+        planned = processes.main_first("plan", lambda: plan(config, data, models, retries_failed))
         if is_dry:
             return
         check_shared_folders(data, processes)
-        failed = {} if retries_failed else permanent(read_failures(data.latent_cache))
-        caches = open_folder(data.latent_cache), open_folder(data.text_cache)
-        embed_captions(data, models, processes, caches[1], missing)
-        encode_videos(config, data, models, processes, caches[0], failed, missing)
+        state = planned or CacheState(data, retries_failed=retries_failed)
+        embed_captions(state, models, processes)
+        encode_videos(state, config, models, processes)
         if processes.is_main:
-            report_result(data)
+            CacheState(data).report()
 
 
 def ensure_caches(config: TrainConfig, data: DataConfig, processes: Processes) -> None:
-    """What the training calls: makes what is missing; every process calls it.
+    """Makes what is missing, when the training begins; every process calls it.
 
     All do what rank 0 finds, so that none waits for work that others do not see.
 
@@ -119,7 +109,6 @@ def ensure_caches(config: TrainConfig, data: DataConfig, processes: Processes) -
 
 def check_identity(config: TrainConfig, data: DataConfig, models: Models) -> None:
     """Raises ValueError when a cache was made otherwise than this run would make it."""
-
     latents = describe_latents(models.vae, data.rule, vae_dtype=config.vae_dtype)
     text = describe_text(models.text_encoder, models.tokenizer, max_tokens=MAX_TOKENS)
     check_manifest(data.latent_cache, latents)
@@ -128,7 +117,6 @@ def check_identity(config: TrainConfig, data: DataConfig, models: Models) -> Non
 
 def find_models(config: TrainConfig) -> Models:
     """Raises ValueError or FileNotFoundError when the model or one of its parts is not there."""
-
     root = resolve_artifact(
         config.model, field="pretrained_model_name_or_path", allow_patterns=MODEL_PATTERNS
     )
@@ -144,7 +132,7 @@ def find_models(config: TrainConfig) -> Models:
 
 @contextlib.contextmanager
 def lock_cache(folder: Path) -> Iterator[None]:
-    """Held until this process ends, however it ends; two jobs would do the same work twice.
+    """Holds a lock until this process ends, however it ends; two jobs would do the same work twice.
 
     Raises:
         ValueError: another job holds it.
@@ -160,11 +148,12 @@ def lock_cache(folder: Path) -> Iterator[None]:
         yield
 
 
-def plan(
-    config: TrainConfig, data: DataConfig, models: Models, retries_failed: bool
-) -> tuple[Survey, Missing]:
-    """Rank 0's part: looks at storage, caches and disk, and says what will be done."""
+def plan(config: TrainConfig, data: DataConfig, models: Models, retries_failed: bool) -> CacheState:
+    """Does rank 0's part: looks at storage, caches and disk, and reports what will be done.
 
+    Raises:
+        ValueError: as `make_caches`.
+    """
     logger.info("hashing %s", models.vae.parent)
     check_identity(config, data, models)
     tokenizer = load_tokenizer(models.tokenizer)
@@ -172,33 +161,26 @@ def plan(
     dim = json.loads((models.text_encoder / "config.json").read_text("utf-8"))["d_model"]
     for line in found.lines(dim):
         logger.info("%s", line)
-    failed = {} if retries_failed else permanent(read_failures(data.latent_cache))
-    caches = open_folder(data.latent_cache), open_folder(data.text_cache)
-    missing = find_missing(data, *caches, failed=failed, embedding_dim=dim)
-    check_disk(data, missing)
+    state = CacheState(data, retries_failed=retries_failed)
+    missing = state.missing
+    check_free_disk(
+        data.latent_cache,
+        missing.num_bytes(dim),
+        what=f"{data.source}: caches of {missing.videos:,} more videos",
+        remedy="Free some space, or give cache_dir_vae and cache_dir on a larger disk.",
+    )
     logger.info(
         "to make: %s of %s videos, %s of %s captions, %.2f GB; about %.1f h on one H200 for the "
         "videos, divided by the number of GPUs",
         f"{missing.videos:,}", f"{found.num_samples:,}", f"{missing.captions:,}",
-        f"{found.num_captions:,}", missing.num_bytes / 1e9, missing.videos / VIDEOS_PER_S / 3600,
+        f"{found.num_captions:,}", missing.num_bytes(dim) / 1e9,
+        missing.videos / VIDEOS_PER_S / 3600,
     )  # fmt: skip
-    return found, missing
-
-
-def check_disk(data: DataConfig, missing: Missing) -> None:
-    """Raises ValueError when what is missing will not fit."""
-
-    check_free_disk(
-        data.latent_cache,
-        missing.num_bytes,
-        what=f"{data.source}: caches of {missing.videos:,} more videos",
-        remedy="Free some space, or give cache_dir_vae and cache_dir on a larger disk.",
-    )
+    return state
 
 
 def check_shared_folders(data: DataConfig, processes: Processes) -> None:
     """Raises ValueError on a node that does not see what rank 0 wrote."""
-
     for path in (data.latent_cache / SAMPLES, data.text_cache / CAPTIONS):
         if not path.is_file():
             raise ValueError(
@@ -207,34 +189,28 @@ def check_shared_folders(data: DataConfig, processes: Processes) -> None:
             )
 
 
-def embed_captions(
-    data: DataConfig, models: Models, processes: Processes, cache: Any, planned: Any
-) -> None:
-    """The first stage; the encoder is loaded only where there is work, and dropped after."""
-
-    options = data.text
-    batches = list(caption_batches(data.text_cache, options.text_encoder_batch_size))
+def embed_captions(state: CacheState, models: Models, processes: Processes) -> None:
+    """Runs the first stage; the encoder is loaded only where there is work, and dropped after."""
+    options, folder = state.data.text, state.data.text_cache
+    size, captions = options.text_encoder_batch_size, state.captions
+    batches = [captions[start : start + size] for start in range(0, len(captions), size)]
     mine = [
         batch
         for batch in batches[processes.rank :: processes.world_size]
-        if any(cache.find(name) is None for name, _ in batch)
+        if any(state.text.find(name) is None for name, *_ in batch)
     ]
-    total = planned[1].captions if planned else 0
-    bar = tqdm(
-        total=total, desc="captions", unit="caption", disable=not (processes.is_main and total)
-    )
+    bar = open_bar("captions", processes, state.missing.captions)
 
     def show(made: int = 0) -> None:
         bar.update(processes.add("captions", made) - bar.n)
 
     with bar:
         if mine:
-            encoder = TextEncoder(
-                models.text_encoder, load_tokenizer(models.tokenizer), processes.device
-            )
-            writer = ShardWriter(data.text_cache, processes.rank)
+            tokenizer = load_tokenizer(models.tokenizer)
+            encoder = TextEncoder(models.text_encoder, tokenizer, processes.device)
+            writer = ShardWriter(folder, processes.rank)
             encode_captions(
-                mine, encoder, writer, cache,
+                mine, encoder, writer, state.text,
                 write_batch_size=options.write_batch_size, on_done=show,
             )  # fmt: skip
             writer.close()
@@ -244,23 +220,13 @@ def embed_captions(
 
 
 def encode_videos(
-    config: TrainConfig,
-    data: DataConfig,
-    models: Models,
-    processes: Processes,
-    cache: Any,
-    failed: dict[Any, Any],
-    planned: Any,
+    state: CacheState, config: TrainConfig, models: Models, processes: Processes
 ) -> None:
-    """The second stage."""
-
-    jobs = [
-        job
-        for job in read_samples(cache.storage)[processes.rank :: processes.world_size]
-        if job[:2] not in failed and cache.find(job[0], job[1]) is None
-    ]
-    total = planned[1].videos if planned else 0
-    bar = tqdm(total=total, desc="videos", unit="video", disable=not (processes.is_main and total))
+    """Runs the second stage."""
+    data = state.data
+    mine = state.samples[processes.rank :: processes.world_size]
+    jobs = [job for job in mine if state.needs_video(job[0], job[1])]
+    bar = open_bar("videos", processes, state.missing.videos)
     show = progress(bar, processes)
     with bar:
         if jobs:
@@ -286,8 +252,14 @@ def encode_videos(
         processes.wait_for_all("videos done", "videos", show)
 
 
+def open_bar(unit: str, processes: Processes, total: int) -> tqdm[Any]:
+    """Opens the whole job's progress bar, which rank 0 shows where there is anything to do."""
+    is_shown = processes.is_main and total > 0
+    return tqdm(desc=unit, unit=unit.removesuffix("s"), total=total, disable=not is_shown)
+
+
 def progress(bar: tqdm[Any], processes: Processes) -> Callable[..., None]:
-    """What the stage calls after each video: the whole job's numbers, shown by rank 0."""
+    """Returns what the stage calls after each video; rank 0 shows the whole job's numbers."""
 
     def show(made: int = 0, failed: int = 0, num_bytes: int = 0) -> None:
         done = processes.add("videos", made + failed)
@@ -301,7 +273,7 @@ def progress(bar: tqdm[Any], processes: Processes) -> Callable[..., None]:
 
 
 def report_time(stage: VideoStage, num_videos: int, seconds: float) -> None:
-    """Where this process's time went."""
+    """Logs where this process's time went."""
     parts = [f"{name} {spent:.1f} s" for name, spent in sorted(stage.seconds.items(), reverse=True)]
     logger.info(
         "this process: %d videos in %.1f s, %.2f a second (%s; %d workers)",
@@ -311,7 +283,6 @@ def report_time(stage: VideoStage, num_videos: int, seconds: float) -> None:
 
 def release_memory() -> None:
     """Gives a GPU's memory back for the next stage."""
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

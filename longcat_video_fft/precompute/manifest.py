@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = 1  # of shards and index
 WEIGHT_ENDINGS = (".safetensors", ".json", ".model", ".txt")
-CROP_RULE = "lanczos to cover, centre"  # media/decoding.py's
+# That of media/decoding.py, in the spelling of existing caches.
+CROP_RULE = "lanczos to cover, centre"  # codespell:ignore centre
 
 
 def describe_latents(vae_folder: Path, rule: BucketRule, *, vae_dtype: str) -> dict[str, Any]:
-    """The identity of a latent cache."""
+    """Returns the identity of a latent cache."""
     return {
         "format": FORMAT,
         "holds": "latents, (mean - latents_mean) / latents_std, bfloat16",
@@ -39,7 +40,7 @@ def describe_latents(vae_folder: Path, rule: BucketRule, *, vae_dtype: str) -> d
 
 
 def describe_text(encoder: Path, tokenizer: Path, *, max_tokens: int) -> dict[str, Any]:
-    """The identity of a cache of caption embeddings."""
+    """Returns the identity of a cache of caption embeddings."""
     return {
         "format": FORMAT,
         "holds": "last_hidden_state of the valid tokens, bfloat16",
@@ -75,12 +76,12 @@ def check_manifest(folder: Path, identity: dict[str, Any]) -> None:
     if differing:
         raise ValueError(
             f"{folder}: this cache was made otherwise: {'; '.join(differing)}. Set the options "
-            "back, give another folder, or delete this one to make it anew."
+            "back, give another folder, or delete this one to make it again."
         )
 
 
 def digest_folder(folder: Path) -> str:
-    """sha256 over the names and contents of a model's files."""
+    """Returns sha256 over the names and contents of a model's files."""
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS)
     if not files:
         raise ValueError(f"{folder}: holds no {', '.join(WEIGHT_ENDINGS)} file.")

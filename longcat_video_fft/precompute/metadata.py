@@ -1,8 +1,8 @@
 """Stored objects -> a table with a row a video: size, rate, length, caption, or what is wrong.
 
 Only headers are read (`media/mp4_header.py`), by ranged requests, many at once. Rows go to parts
-beside the table as they come, so a killed run goes on where it stopped; a table that is made again
-keeps the rows of files that have not changed. `survey.py` reads the table next.
+beside the table as they come, so a killed run continues where it stopped; a table that is made
+again keeps the rows of files that have not changed. `survey.py` reads the table next.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CAPTION_ENDING = ".txt"
 MAX_CAPTION_BYTES = 64 * 1024
 PART_ROWS = 4096
 WORKERS = 256
-# What another run may find mended; other errors stay until the file changes.
+# What another run may find fixed; other errors stay until the file changes.
 RETRIED_ERRORS = ("unreadable", "vanished")
 CAPTION_ERRORS = ("missing_caption", "bad_caption")
 CAPTION_NOT_READ = -2  # as a caption's size
@@ -52,7 +52,7 @@ CAPTION_NOT_READ = -2  # as a caption's size
 
 @dataclass(slots=True, kw_only=True)
 class VideoRow:
-    """A row of the table. `error` is a short name and empty where the video is fine."""
+    """A row describes one video. `error` is a short name and empty where the video is fine."""
 
     filename: str  # the key below the prefix, sub-folders included
     size: int = 0  # bytes; 0: not known
@@ -76,7 +76,7 @@ SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in get_type_hints(V
 
 @dataclass(frozen=True)
 class Pair:
-    """A video, its caption's file where there is one, and the video that has its name."""
+    """A pair is a video, its caption's file where there is one, and the video that has its name."""
 
     key: str
     size: int
@@ -87,7 +87,7 @@ class Pair:
 
 
 def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
-    """Videos in the order of their keys, each with the .txt of the same name.
+    """Returns videos in the order of their keys, each with the .txt of the same name.
 
     Of several with one name, the first by ending (`VIDEO_ENDINGS`, then others) is the one to take.
     """
@@ -120,7 +120,7 @@ def pair_files(objects: Iterable[StoredObject]) -> list[Pair]:
 
 
 def escape(key: str) -> str:
-    """The key with what is not UTF-8 in a file's name as \\x and its number: tables hold UTF-8."""
+    """Writes what is not UTF-8 in a file's name as \\x and its number: tables hold UTF-8."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -171,7 +171,7 @@ def build_table(
 
 
 def probe(storage: Storage, pair: Pair, *, reads_captions: bool = True) -> VideoRow:
-    """The row of one video. Whatever is wrong with it is said in the row."""
+    """Makes the row of one video. Whatever is wrong with it is noted in the row."""
     caption_size = pair.caption_size if reads_captions else CAPTION_NOT_READ
     row = VideoRow(filename=pair.key, size=pair.size, caption_size=caption_size)
     try:
@@ -202,7 +202,7 @@ def probe(storage: Storage, pair: Pair, *, reads_captions: bool = True) -> Video
 
 
 def read_caption(storage: Storage, pair: Pair) -> str:
-    """The whole text of a caption's file, all its lines.
+    """Reads the whole text of a caption's file, all its lines.
 
     Raises:
         BadVideoError: there is none, it is empty, too long, or not UTF-8.
@@ -232,8 +232,8 @@ def can_decode(codec: str) -> bool:
 
 
 def read_rows(path: Path, columns: ParquetOptions) -> Iterator[VideoRow]:
-    """The rows of a table of ours, or of a user's that has less: named columns are looked up, and
-    what is not there is not known.
+    """Yields the rows of a table of ours, or of a user's that has less: named columns are looked
+    up, and what is not there is not known.
 
     Raises:
         ValueError: not a parquet file, or a named column is missing.
@@ -286,14 +286,14 @@ def write_rows(rows: list[VideoRow], path: Path) -> None:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Whole or not at all."""
+    """Writes a parquet file atomically."""
     partial_path = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, partial_path, compression="zstd")
     partial_path.replace(path)
 
 
 def _find_done(sources: list[Path]) -> dict[str, tuple[int, int, str, str]]:
-    """(size, caption's size, error, codec) by filename; later sources win."""
+    """Returns (size, caption's size, error, codec) by filename; later sources win."""
     done: dict[str, tuple[int, int, str, str]] = {}
     names = ["filename", "size", "caption_size", "error", "codec"]
     for path in sources:
@@ -319,7 +319,7 @@ def _is_done(
 
 
 def _merge(sources: list[Path], keys: set[str], output: Path) -> None:
-    """One table in the order of names: of each key the newest row, of keys that are gone none."""
+    """Writes one table in the order of names: each key's newest row, none of keys that are gone."""
     tables = [pq.read_table(path, schema=SCHEMA) for path in sources]
     names: list[str] = pa.concat_tables(tables)["filename"].to_pylist()
     last = {name: position for position, name in enumerate(names)}

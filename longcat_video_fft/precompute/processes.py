@@ -44,7 +44,7 @@ class Processes:
             torch.cuda.set_device(self.device)
 
     def main_first(self, name: str, plan: Callable[[], T]) -> T | None:
-        """Rank 0 runs `plan`; the others wait for it, and stop where it failed.
+        """Runs `plan` on rank 0; the others wait for it, and stop where it failed.
 
         Raises:
             ValueError: what rank 0 found wrong, there; a short note elsewhere.
@@ -67,10 +67,10 @@ class Processes:
         return self.store.add(counter, number)
 
     def wait_for_all(self, name: str, watched: str, on_tick: Callable[[], Any]) -> None:
-        """Until every process has come here. `on_tick` is called about every second.
+        """Waits until every process has come here. `on_tick` is called about every second.
 
         Raises:
-            RuntimeError: the counter `watched` has stood still for STALL_S.
+            RuntimeError: the counter `watched` has not changed for STALL_S.
         """
         self.add(f"{name}/arrived", 1)
         value, since = -1, time.monotonic()

@@ -22,7 +22,13 @@ from longcat_video_fft.dataset.captions import EMPTY_CAPTION, caption_id, clean_
 from longcat_video_fft.dataset.samples import CAPTIONS, METADATA, SAMPLES
 from longcat_video_fft.media.bad_video import REASONS
 from longcat_video_fft.model.text_encoder import count_tokens
-from longcat_video_fft.options.buckets import BF16_BYTES, MAX_TOKENS, Bucket, parse_bucket
+from longcat_video_fft.options.buckets import (
+    BF16_BYTES,
+    MAX_TOKENS,
+    Bucket,
+    bucket_lines,
+    parse_bucket,
+)
 from longcat_video_fft.options.data_config import ParquetOptions
 from longcat_video_fft.precompute.metadata import (
     VideoRow,
@@ -40,13 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENISED_AT_ONCE = 1024
+TOKENIZED_AT_ONCE = 1024
 SHOWN_NAMES = 3
 
 
 @dataclass
 class Survey:
-    """What there is, what is left out and why, and how much it will take."""
+    """A survey counts what there is, what is left out and why, and how much it will take."""
 
     buckets: Counter[Bucket] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -73,13 +79,10 @@ class Survey:
         return sum(bucket.latent_bytes * number for bucket, number in self.buckets.items())
 
     def lines(self, embedding_dim: int) -> Iterator[str]:
-        """The report that is shown before anything is encoded."""
+        """Yields the report that is shown before anything is encoded."""
         total = self.num_samples + self.left_out.total()
         yield f"{total:,} videos: {self.num_samples:,} samples, {self.left_out.total():,} left out"
-        for bucket, number in sorted(self.buckets.items(), reverse=True):
-            share = 100 * number / self.num_samples
-            tokens = f"{bucket.num_tokens:,} tokens each"
-            yield f"  {bucket!s:>14} {number:>9,} ({share:.1f} %), {tokens}"
+        yield from bucket_lines(self.buckets)
         for reason, number in self.left_out.most_common():
             yield f"  left out: {number:,} {reason} ({REASONS.get(reason, 'see metadata')})"
             for name in self.examples[reason]:
@@ -101,7 +104,7 @@ class Survey:
 
 
 def find_rows(data: DataConfig, storage: Storage) -> Iterator[VideoRow]:
-    """The rows of the metadata backend that the config asks for."""
+    """Yields the rows of the metadata backend that the config asks for."""
     videos = data.videos
     if videos.metadata_backend == "parquet":
         rows = read_rows(data.path(data.parquet.path), data.parquet)
@@ -120,7 +123,7 @@ def find_rows(data: DataConfig, storage: Storage) -> Iterator[VideoRow]:
 
 
 def _compare(rows: Iterator[VideoRow], storage: Storage) -> Iterator[VideoRow]:
-    """A table's rows against what is really there; skip_file_discovery "metadata" saves it."""
+    """Compares a table's rows with the storage; skip_file_discovery "metadata" saves it."""
     listed = {pair.key: pair.size for pair in pair_files(storage.list_objects())}
     for row in rows:
         size = listed.pop(row.filename, None)
@@ -178,7 +181,7 @@ def _caption(row: VideoRow, data: DataConfig) -> str:
 
 
 def _choose_bucket(row: VideoRow, data: DataConfig, found: Survey) -> Bucket | None:
-    """The bucket that the header promises; None when the video is left out, which is counted."""
+    """Chooses the bucket that the header promises; None (counted) when the video is left out."""
     videos, options, rule = data.videos, data.options, data.rule
     smallest = videos.minimum_image_size
     if row.error:
@@ -210,14 +213,14 @@ def _choose_bucket(row: VideoRow, data: DataConfig, found: Survey) -> Bucket | N
 def _write_captions(
     captions: dict[str, str], found: Survey, data: DataConfig, tokenizer: Any
 ) -> None:
-    """By length, so that batches of neighbours need little padding; then by id."""
+    """Sorts captions by length, so that batches of neighbors need little padding; then by id."""
     names, texts = list(captions), list(captions.values())
     lengths: list[int] = []
-    bar = tqdm(total=len(texts), desc="tokenising", unit="caption")
+    bar = tqdm(total=len(texts), desc="tokenizing", unit="caption")
     with bar:
-        for start in range(0, len(texts), TOKENISED_AT_ONCE):
-            lengths += count_tokens(tokenizer, texts[start : start + TOKENISED_AT_ONCE])
-            bar.update(min(TOKENISED_AT_ONCE, len(texts) - start))
+        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+            lengths += count_tokens(tokenizer, texts[start : start + TOKENIZED_AT_ONCE])
+            bar.update(min(TOKENIZED_AT_ONCE, len(texts) - start))
     found.num_captions = len(texts)
     found.num_cut_captions = sum(length > MAX_TOKENS for length in lengths)
     found.num_tokens = sum(min(length, MAX_TOKENS) for length in lengths)
