@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Raises ValueError for what cannot work, before anything heavy is imported."""
+    """Parses the command line; raises ValueError for what cannot work, before heavy imports."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--prompt", required=True)
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="an .mp4")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--image", type=Path, help="the first frame")
-    start.add_argument("--video", type=Path, help="whose end is gone on from")
+    start.add_argument("--video", type=Path, help="the video whose end is continued")
     parser.add_argument("--num-cond-frames", type=int, default=13, help="of --video")
     parser.add_argument("--num-frames", type=int, default=93)
     parser.add_argument("--height", type=int)
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_transformer(folder: Path) -> Path:
-    """transformer/ of an export, dit/ of the released layout.
+    """Finds transformer/ of an export, or dit/ of the released layout.
 
     Raises:
         ValueError: neither is there, or another part is missing.
@@ -139,7 +139,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def read_condition(args: argparse.Namespace) -> tuple[tuple[int, int], dict[str, Any]]:
-    """((height, width), what the pipeline takes to start from)."""
+    """Returns ((height, width), what the pipeline takes to start from)."""
     shape = None if args.height is None else (args.height, args.width)
     if args.image is not None:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -160,7 +160,7 @@ def read_condition(args: argparse.Namespace) -> tuple[tuple[int, int], dict[str,
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
-    """The pipeline of this package, on the CPU; `dtype` None: float32.
+    """Loads the pipeline of this package on the CPU; `dtype` None: float32.
 
     Raises:
         ValueError: a part is missing or damaged.

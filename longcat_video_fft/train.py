@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("longcat_video_fft")
 
-DIT_PATTERNS = ("dit/*",)
-
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
     is_main = os.environ.get("RANK", "0") == "0"
     start_logging(is_main=is_main)
     try:
-        config, data = read_configs([w.replace("--dry-run", "--dry_run") for w in words])
+        config, data = read_configs(
+            [option.replace("--dry-run", "--dry_run") for option in argv], plans=True
+        )
         if not config.dry_run:
             check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
             check_launcher(config, os.environ)
@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, data: DataConfig) -> None:
-    """One run, in the order data flows; every process calls it."""
+    """Does one run, in the order data flows; every process calls it."""
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from longcat_video_fft.dataset.latents import LatentDataset
     from longcat_video_fft.model.attention_kernels import chosen_backend
-    from longcat_video_fft.model.loading import load_weights
+    from longcat_video_fft.model.loading import build_transformer, find_transformer, load_weights
     from longcat_video_fft.precompute.job import ensure_caches
     from longcat_video_fft.precompute.processes import Processes
     from longcat_video_fft.training.checkpoint import (
@@ -82,8 +82,8 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     from longcat_video_fft.training.export import export_model, find_companions
     from longcat_video_fft.training.loop import train
     from longcat_video_fft.training.parallel import Engine
-    from longcat_video_fft.training.tracker import Tracker
     from longcat_video_fft.training.validation import Validation, read_prompts
+    from longcat_video_fft.training.video_log import open_tracker
 
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -106,7 +106,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     check_captions(dataset, dit_folder)
 
     # Model.
-    model = build_transformer(dit_folder)
+    model: Any = build_transformer(dit_folder)
     check_model(config, model.config)
     validation = Validation(config, dataset, output_dir)
     if is_main_process():
@@ -116,7 +116,9 @@ def run(config: TrainConfig, data: DataConfig) -> None:
         model,
         config,
         device,
-        fill=lambda m: load_weights(m, dit_folder, seed=config.seed, init=config.transformer_init),
+        load_weights=lambda m: load_weights(
+            m, dit_folder, seed=config.seed, init=config.transformer_init
+        ),
     )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     logger.info(
@@ -138,7 +140,7 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     checkpointer = Checkpointer(
         engine, output_dir, keep_last=config.checkpoints_total_limit, identity=identity
     )
-    tracker = Tracker(config, output_dir, is_main=is_main_process(), start_step=start_step)
+    tracker = open_tracker(config, output_dir, start_step=start_step)
     engine.module.train()
     try:
         with logging_redirect_tqdm():
@@ -157,34 +159,6 @@ def run(config: TrainConfig, data: DataConfig) -> None:
     if is_finished:
         export_model(engine, config, output_dir)
         logger.info("the model is in %s", output_dir)
-
-
-def find_transformer(config: TrainConfig) -> Path:
-    """The folder dit/ of the model; ValueError when it is not there."""
-    from longcat_video_fft.options.hub import resolve_artifact
-
-    root = resolve_artifact(
-        config.model, field="pretrained_model_name_or_path", allow_patterns=DIT_PATTERNS
-    )
-    folder = root / "dit"
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"pretrained_model_name_or_path={config.model}: {root} has no dit/config.json. It must "
-            "be laid out as the released LongCat-Video: dit/, vae/, text_encoder/, tokenizer/."
-        )
-    return folder
-
-
-def build_transformer(folder: Path) -> Any:
-    """The model of `folder`/config.json on the meta device: no memory, no values."""
-    import torch
-
-    from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
-
-    options = json.loads((folder / "config.json").read_text("utf-8"))
-    with torch.device("meta"):
-        model: Any = LongCatVideoTransformer3DModel.from_config(options)
-    return model
 
 
 def check_captions(dataset: Any, dit_folder: Path) -> None:

@@ -1,13 +1,13 @@
 """Tensors on disk: a few large shards, an index beside each, one read a sample.
 
-    CACHE/manifest.json                 what made the tensors; another maker is refused
+    CACHE/manifest.json                 what made the tensors; another maker is an error
                                         (`precompute/manifest.py`)
     CACHE/rank00000-3f2a9c-0000.shard   tensors one after the other
     CACHE/rank00000-3f2a9c-0000.index   a line of JSON for each of them, written after it
 
-Every process writes shards of its own, named anew at each start, and only ever appends. A tensor
-counts when its index line is whole, so a kill at any moment loses what was in flight and nothing
-else. A cache can be copied to S3 as it is and read there with one ranged request a sample.
+Every process writes shards of its own, with new names at each start, and only ever appends. A
+tensor counts when its index line is whole, so a kill at any time loses what was in flight and
+nothing else. A cache can be copied to S3 as it is and read there with one ranged request a sample.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from longcat_video_fft.storage.storage import (
-    LocalStorage,
-    ObjectVanishedError,
-    Storage,
-    StorageError,
-)
+from longcat_video_fft.storage.storage import ObjectVanishedError, Storage, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 1024 * 1024  # a shard is closed once it is this long
 INDEX_ENDING, SHARD_ENDING = ".index", ".shard"
-REJECTED = "rejected.jsonl"  # tensors that --verify found wrong; they are made anew
+REJECTED = "rejected.jsonl"  # tensors that --verify found wrong; they are made again
 READ_THREADS = 32
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where a tensor lies. `version` is the size of the file that it was made from; 0: none."""
+    """An entry locates a tensor. `version` is the size of the file it was made from; 0: none."""
 
     id: str
     shard: str
@@ -75,7 +70,6 @@ class ShardWriter:
         self.number = 0
         self.files: tuple[int, int] | None = None  # descriptors of shard and index
         self.offset = 0
-        self.bytes_written = 0
 
     def write(self, items: Iterable[tuple[str, Tensor, str, int]]) -> None:
         """Appends (id, tensor, bucket, version) items and makes them count, all together.
@@ -106,13 +100,12 @@ class ShardWriter:
         try:
             for raw in data:
                 _write_all(shard, raw)
-            # The bytes reach the disk before the line that tells of them, also on power loss.
+            # The bytes reach the disk before the line that lists them, also on power loss.
             os.fdatasync(shard)
             _write_all(index, "".join(lines).encode())
         except OSError as error:
             remedy = "what was written before is kept: free some space and start again"
             raise OSError(error.errno, f"{error.strerror}; {remedy}", str(self.folder)) from error
-        self.bytes_written += sum(map(len, data))
         if self.offset >= self.shard_bytes:
             self.close()
 
@@ -148,7 +141,7 @@ class TensorCache:
                 self.entries.setdefault(entry.id, []).append(entry)
 
     def find(self, name: str, version: int = 0) -> Entry | None:
-        """The entry of that id; where both sizes are known, of that version."""
+        """Finds the entry of that id, and of that version where both sizes are known."""
         for entry in self.entries.get(name, ()):
             if not (version and entry.version) or entry.version == version:
                 return entry
@@ -158,7 +151,7 @@ class TensorCache:
         return (entry for entries in self.entries.values() for entry in entries)
 
     def read(self, entry: Entry) -> Tensor:
-        """The tensor, by one read, its checksum compared.
+        """Reads the tensor with one request and compares its checksum.
 
         Raises:
             CorruptEntryError: short, or other bytes than were written.
@@ -176,7 +169,7 @@ class TensorCache:
         return tensor.view(entry.shape)
 
     def verify(self, *, workers: int = READ_THREADS) -> list[Entry]:
-        """The entries whose bytes are not those that were written."""
+        """Returns the entries whose bytes are not those that were written."""
         entries = sorted(self, key=lambda e: (e.shard, e.offset))
         with ThreadPoolExecutor(workers) as pool:
             results = pool.map(self._is_sound, entries)
@@ -205,21 +198,15 @@ class TensorCache:
         return {(item["shard"], item["offset"]) for item in map(json.loads, raw.splitlines())}
 
 
-def open_folder(folder: Path) -> TensorCache:
-    """The cache in a folder, which is made when it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return TensorCache(LocalStorage(folder))
-
-
 def reject(folder: Path, entries: Iterable[Entry]) -> None:
-    """Leaves these entries out from now on, so that the next run makes them anew."""
+    """Leaves these entries out from now on, so that the next run makes them again."""
     with (folder / REJECTED).open("a", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps({"shard": entry.shard, "offset": entry.offset}) + "\n")
 
 
 def parse_index(name: str, raw: bytes) -> Iterator[Entry]:
-    """The whole lines of an index; the torn last one of a killed process is passed over."""
+    """Yields the whole lines of an index; skips the torn last one of a killed process."""
     shard = name.removesuffix(INDEX_ENDING) + SHARD_ENDING
     end = raw.rfind(b"\n") + 1
     for number, line in enumerate(raw[:end].splitlines(), 1):
@@ -231,7 +218,7 @@ def parse_index(name: str, raw: bytes) -> Iterator[Entry]:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """The tensor's values in order; bf16 goes through int16, as numpy has none."""
+    """Returns the tensor's values in order; they go through uint8, as numpy has no bf16."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return np.ascontiguousarray(flat.view(torch.uint8).numpy()).tobytes()
 

@@ -10,14 +10,14 @@ import ftfy
 
 
 def clean_caption(text: str) -> str:
-    """The official rules (`prompt_clean` in longcat_video/pipeline_longcat_video.py): broken
-    encodings mended, HTML entities undone twice, runs of white space made one blank."""
+    """Applies the official rules (`prompt_clean` in longcat_video/pipeline_longcat_video.py):
+    broken encodings fixed, HTML entities undone twice, runs of white space made one blank."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 def caption_id(cleaned: str) -> str:
-    """Equal captions share one embedding; the empty one, for guidance dropout, has its own."""
+    """Hashes a caption: equal ones share an embedding; the empty one, for dropout, has its own."""
     return hashlib.sha256(cleaned.encode()).hexdigest()[:32]
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of one bucket; t, h, w: latent frames and pixels; D: the text encoder's width."""
+    """Holds B samples of one bucket; t, h, w: latent frames and pixels; D: the text encoder's
+    width."""
 
     names: list[str]
     bucket: Bucket
@@ -43,7 +44,7 @@ class Batch:
 
 
 class LatentDataset(Dataset[Batch]):
-    """Micro-batches by position; samples that are not trained on by `held_out_sample`.
+    """Gives micro-batches by position, and by `held_out_sample` the samples kept from training.
 
     Args:
         max_tokens: captions are padded to so many.
@@ -108,7 +109,7 @@ class LatentDataset(Dataset[Batch]):
         return self._read([self.entries[i] for i in micro_batch.samples], position)
 
     def held_out_sample(self, index: int) -> Batch:
-        """Number `index` of the held-out samples, a batch of one; it has no position."""
+        """Returns number `index` of the held-out samples, a batch of one; it has no position."""
         return self._read([self.held_out[index]], position=-1)
 
     def _read(self, pairs: list[tuple[Entry, Entry]], position: int) -> Batch:
@@ -123,27 +124,26 @@ class LatentDataset(Dataset[Batch]):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a loader's worker that was spawned: the storages came with clients of its own."""
+        """Restores a copy in a spawned loader's worker: its storages came with clients of its
+        own."""
         self.__dict__.update(state)
         self.process = os.getpid()
 
     def _reopen(self) -> None:
-        """In a loader's worker that was forked: it shares connections and has lost obstore's
-        threads, so that it would wait for ever; it gets clients of its own, of boto3."""
-        os.environ["LONGCAT_NO_OBSTORE"] = "1"  # in this worker alone
+        """Opens clients of its own in a forked loader's worker, in place of its parent's."""
         self.latent_cache.storage = open_cache_storage(self.data, self.data.videos.cache_dir_vae)
         self.text_cache.storage = open_cache_storage(self.data, self.data.text.cache_dir)
         self.process = os.getpid()
 
     def empty_caption(self) -> tuple[Tensor, Tensor]:
-        """((1, 512, D), (1, 512)) of the empty caption, for guidance dropout."""
+        """Returns ((1, 512, D), (1, 512)) of the empty caption, for guidance dropout."""
         entry = self.text_cache.find(EMPTY_CAPTION)
         if entry is None:
             raise ValueError(f"{self.text_cache.storage.location}: no empty caption; precompute.")
         return self.pad([self.text_cache.read(entry)])
 
     def pad(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(L, D) each -> (B, 512, D), (B, 512): lossless, see model/text_encoder.py."""
+        """Pads (L, D) each -> (B, 512, D), (B, 512): lossless, see model/text_encoder.py."""
         padded = embeddings[0].new_zeros(len(embeddings), self.max_tokens, embeddings[0].shape[1])
         mask = torch.zeros(len(embeddings), self.max_tokens, dtype=torch.bool)
         for row, embedding in enumerate(embeddings):

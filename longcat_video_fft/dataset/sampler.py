@@ -30,7 +30,7 @@ class MicroBatch:
 
 
 def split_held_out(names: Sequence[str], num_held_out: int) -> list[bool]:
-    """Whether each sample is held out: those whose names hash lowest, whatever the seed.
+    """Says of each sample whether it is held out: those whose names hash lowest, whatever the seed.
 
     More samples may take places of held-out ones, but one that was trained on never is held out.
 
@@ -48,7 +48,7 @@ def split_held_out(names: Sequence[str], num_held_out: int) -> list[bool]:
 
 
 class TrainingOrder:
-    """The order of samples with these names and buckets.
+    """Orders samples with these names and buckets.
 
     Args:
         names: of the samples, all different; the order depends on the set of names, not on theirs.
@@ -84,7 +84,7 @@ class TrainingOrder:
         self._batches: list[MicroBatch] = []
 
     def micro_batch(self, position: int) -> MicroBatch:
-        """Number `position` of the whole run; epochs follow each other."""
+        """Returns micro-batch number `position` of the whole run; epochs follow each other."""
         epoch, place = divmod(position, self.epoch_length)
         if epoch != self._epoch:
             self._batches = self._arrange(epoch)
@@ -106,14 +106,14 @@ class TrainingOrder:
             whole = len(batches) // BLOCK * BLOCK
             full += [batches[i : i + BLOCK] for i in range(0, whole, BLOCK)]
             rest += batches[whole:]
-        # Blocks in random order; what fills none comes last, so that blocks stay in step.
+        # Blocks in random order; incomplete ones come last, so that blocks stay in step.
         shuffled = np.argsort(mix(np.arange(len(full), dtype=np.uint64), self.seed, epoch))
         last = np.argsort(mix(np.arange(len(rest), dtype=np.uint64), self.seed, epoch))
         return [b for i in shuffled for b in full[i]] + [rest[i] for i in last]
 
 
 def mix(values: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A 64-bit hash of (value, seed, epoch), (N,) uint64 -> (N,) uint64: the finaliser of
+    """Hashes (value, seed, epoch) to 64 bits, (N,) uint64 -> (N,) uint64: the finalizer of
     SplitMix64 (Steele et al. 2014), which unlike numpy's generators is the same in any version."""
     with np.errstate(over="ignore"):
         salt = xxhash.xxh3_64_intdigest(f"{seed}/{epoch}".encode())

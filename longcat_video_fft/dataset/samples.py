@@ -19,7 +19,7 @@ SAMPLES, CAPTIONS, METADATA = "samples.parquet", "captions.parquet", "metadata.p
 
 
 def read_samples(storage: Storage) -> list[tuple[str, int, Bucket, str]]:
-    """(filename, size, promised bucket, caption id) of a latent cache, in the order of work."""
+    """Returns (filename, size, promised bucket, caption id) of a latent cache, in work order."""
     table = pq.read_table(pa.BufferReader(storage.read(SAMPLES))).to_pydict()
     buckets = {text: parse_bucket(text) for text in set(table["bucket"])}
     return [
@@ -28,3 +28,9 @@ def read_samples(storage: Storage) -> list[tuple[str, int, Bucket, str]]:
             table["filename"], table["size"], table["bucket"], table["caption_id"], strict=True
         )
     ]
+
+
+def read_captions(storage: Storage) -> list[tuple[str, str, int]]:
+    """Returns (caption id, cleaned caption, tokens) of a text cache, in the order of work."""
+    table = pq.read_table(pa.BufferReader(storage.read(CAPTIONS))).to_pydict()
+    return list(zip(table["caption_id"], table["caption"], table["num_tokens"], strict=True))

@@ -14,7 +14,7 @@ S3_SCHEME = "s3://"
 
 
 def open_videos(data: DataConfig) -> Storage:
-    """Raises ValueError when the folder, bucket or credentials are wrong."""
+    """Opens the videos; raises ValueError when the folder, bucket or credentials are wrong."""
     videos = data.videos
     if videos.type == "local":
         return LocalStorage(data.path(videos.instance_data_dir))
@@ -22,7 +22,7 @@ def open_videos(data: DataConfig) -> Storage:
 
 
 def open_caches(data: DataConfig) -> tuple[TensorCache, TensorCache]:
-    """(latents, caption embeddings), to read from; each may be s3://bucket/prefix."""
+    """Opens (latents, caption embeddings) to read from; each may be s3://bucket/prefix."""
     return (
         TensorCache(open_cache_storage(data, data.videos.cache_dir_vae)),
         TensorCache(open_cache_storage(data, data.text.cache_dir)),
@@ -30,7 +30,7 @@ def open_caches(data: DataConfig) -> tuple[TensorCache, TensorCache]:
 
 
 def open_cache_storage(data: DataConfig, location: str) -> Storage:
-    """The files of a cache."""
+    """Opens the files of a cache."""
     if location.startswith(S3_SCHEME):
         bucket, _, prefix = location.removeprefix(S3_SCHEME).partition("/")
         return _open_s3(data.videos, bucket, prefix)

@@ -1,4 +1,4 @@
-"""Why a video is left out: every reason, in one place, with its words for the report."""
+"""Why a video is left out: every reason, in one place, with its text for the report."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Sample:
 
 
 def decode_sample(data: bytes, rule: BucketRule) -> Sample:
-    """Decodes what the longest bucket takes, and cuts it to the bucket that it fills.
+    """Decodes what the longest bucket takes, and cuts it to the longest one it suffices for.
 
     Raises:
         BadVideoError: truncated or damaged, no video track, HDR, or too short for any bucket.
@@ -65,7 +65,8 @@ def decode_sample(data: bytes, rule: BucketRule) -> Sample:
 
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, VideoFrame]]:
-    """(seconds since the first frame, frame), and at the end the time at which the last ends."""
+    """Yields (seconds since the first frame, frame), and last the time at which the last one
+    ends."""
     first, last_end = None, 0.0
     for number, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:
@@ -89,7 +90,7 @@ def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[fl
 def _collect(
     timed_frames: Iterator[tuple[float, VideoFrame]], rule: BucketRule, pixel_aspect: float
 ) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """At each k / fps the frame that is shown then; native rate: each frame once."""
+    """Chooses at each k / fps the frame that is shown then; native rate: each frame once."""
     chosen: list[np.ndarray] = []
     shape = (0, 0)
     shown: VideoFrame | None = None
@@ -116,7 +117,7 @@ def _collect(
 
 
 def _displayed_size(frame: VideoFrame, pixel_aspect: float) -> tuple[float, float]:
-    """(height, width) in square pixels, after rotation."""
+    """Returns (height, width) in square pixels, after rotation."""
     height, width = float(frame.height), frame.width * pixel_aspect
     return (width, height) if frame.rotation % 180 else (height, width)
 
@@ -124,8 +125,8 @@ def _displayed_size(frame: VideoFrame, pixel_aspect: float) -> tuple[float, floa
 def _cut(
     frame: VideoFrame, size: tuple[float, float], shape: tuple[int, int], *, crop: bool
 ) -> np.ndarray:
-    """(H, W, 3) uint8. Scaled to cover the shape, its middle taken; colours by the file's tags
-    (BT.601 where it has none, as FFmpeg does)."""
+    """Scales the frame to cover the shape and takes its middle, (H, W, 3) uint8; colors by the
+    file's tags (BT.601 where it has none, as FFmpeg does)."""
     height, width = shape
     if crop:
         scale = max(shape[0] / size[0], shape[1] / size[1])

@@ -51,7 +51,7 @@ MP4V_CODECS = {
 
 
 class HeaderError(ValueError):
-    """What is wrong with a file's header; `reason` is its kind."""
+    """A file's header is wrong; `reason` is the kind of error."""
 
     def __init__(self, message: str, reason: Reason = "damaged") -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class HeaderError(ValueError):
 
 
 class Runs(NamedTuple):
-    """Sample durations: `counts[i]` samples of `deltas[i]` units of the track's timescale."""
+    """Gives sample durations: `counts[i]` samples of `deltas[i]` units of the track's timescale."""
 
     counts: np.ndarray  # (R,) uint64
     deltas: np.ndarray  # (R,) uint64
@@ -67,7 +67,7 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Track:
-    """A video track; `width` and `height` are as stored, before `rotation`."""
+    """A track holds a video; `width` and `height` are as stored, before `rotation`."""
 
     track_id: int
     codec: str
@@ -80,7 +80,7 @@ class Track:
 
     @property
     def is_picture(self) -> bool:
-        """A cover, perhaps, and not the video."""
+        """Whether this is perhaps a cover, and not the video."""
         return self.codec in ("mjpeg", "png") and self.runs.counts.sum() == 1
 
 
@@ -95,7 +95,7 @@ class Movie:
 def measure_box(
     body: bytes | memoryview, position: int, *, remaining: int
 ) -> tuple[bytes, int, int]:
-    """Type, bytes of the box's own header, bytes in all (4.2).
+    """Returns the type, bytes of the box's own header, bytes in all (4.2).
 
     `remaining` is what its holder has left; the caller checks that the box ends within that.
     """
@@ -111,7 +111,7 @@ def measure_box(
 
 
 def find_children(body: memoryview) -> dict[bytes, list[memoryview]]:
-    """Contents of the boxes in `body`, by type."""
+    """Returns the contents of the boxes in `body`, by type."""
     children: dict[bytes, list[memoryview]] = {}
     position = 0
     for _ in range(MAX_CHILDREN):
@@ -134,7 +134,7 @@ def unpack(layout: str, body: bytes | memoryview, position: int) -> tuple[Any, .
 
 
 def parse_movie(moov: memoryview) -> Movie:
-    """The movie's video track, and what its fragments take from the header (8.2.1)."""
+    """Reads the movie's video track, and what its fragments take from the header (8.2.1)."""
     children = find_children(moov)
     found = [parse_track(trak) for trak in children.get(b"trak", [])]
     tracks = [track for track in found if track is not None]
@@ -158,7 +158,7 @@ def parse_movie(moov: memoryview) -> Movie:
 
 
 def parse_track(trak: memoryview) -> Track | None:
-    """None when the track is not video (8.4.3)."""
+    """Reads a track; None when it is not video (8.4.3)."""
     children = find_children(trak)
     if b"mdia" not in children:
         return None
@@ -193,7 +193,7 @@ def parse_track(trak: memoryview) -> Track | None:
 
 
 def _parse_sample_entry(stsd: memoryview) -> tuple[str, int, int]:
-    """Codec, width, height of the first sample entry (8.5.2, 12.1.3)."""
+    """Returns codec, width, height of the first sample entry (8.5.2, 12.1.3)."""
     kind, _, num_bytes = measure_box(stsd, 8, remaining=len(stsd) - 8)
     entry = stsd[8 : 8 + num_bytes]
     width, height = unpack(">HH", entry, 32)
@@ -207,7 +207,7 @@ def _parse_sample_entry(stsd: memoryview) -> tuple[str, int, int]:
 
 
 def _find_object_type(entry: bytes) -> int:
-    """objectTypeIndication in the entry's esds; 0 when there is none."""
+    """Returns objectTypeIndication in the entry's esds; 0 when there is none."""
     position = entry.find(b"esds") + 8  # behind version and flags
     if position < 8:
         return 0
@@ -222,7 +222,7 @@ def _find_object_type(entry: bytes) -> int:
 
 
 def _parse_durations(table: dict[bytes, list[memoryview]]) -> Runs:
-    """stts (8.6.1.2), held against the number of samples that stsz or stz2 has (8.7.3)."""
+    """Reads stts (8.6.1.2), and checks it against the number of samples in stsz or stz2 (8.7.3)."""
     runs = no_samples()
     if b"stts" in table:
         values = read_table(table[b"stts"][0], 4, ">u4", 2).astype(np.uint64)
@@ -236,7 +236,7 @@ def _parse_durations(table: dict[bytes, list[memoryview]]) -> Runs:
 
 
 def _find_last_offset(table: dict[bytes, list[memoryview]]) -> int:
-    """The largest chunk offset in stco or co64 (8.7.5)."""
+    """Returns the largest chunk offset in stco or co64 (8.7.5)."""
     if b"co64" in table:
         offsets = read_table(table[b"co64"][0], 4, ">u8", 1)
     elif b"stco" in table:
@@ -247,7 +247,7 @@ def _find_last_offset(table: dict[bytes, list[memoryview]]) -> int:
 
 
 def parse_fragment(moof: memoryview, movie: Movie) -> list[Runs]:
-    """Durations of the track's samples in a moof (8.8.4 to 8.8.8)."""
+    """Returns the durations of the track's samples in a moof (8.8.4 to 8.8.8)."""
     found: list[Runs] = []
     for traf in find_children(moof).get(b"traf", []):
         children = find_children(traf)
@@ -276,7 +276,8 @@ def _parse_run(run: memoryview, delta: int) -> Runs:
 
 
 def parse_index(sidx: memoryview) -> tuple[float, int, int, int]:
-    """Seconds, fragments and bytes that a sidx covers, and how far behind it they start (8.16.3).
+    """Returns the seconds, fragments and bytes that a sidx covers, and how far behind it they start
+    (8.16.3).
 
     Track ids are not asked for: all tracks' fragments lie between each other, and last as long.
     """
@@ -295,8 +296,8 @@ def parse_index(sidx: memoryview) -> tuple[float, int, int, int]:
 def read_table(
     body: memoryview, position: int, dtype: str, columns: int, *, start: int = 0
 ) -> np.ndarray:
-    """(rows, columns): the 32-bit count of rows is at `position`, the rows from `start` on, or
-    else behind the count."""
+    """Reads (rows, columns): the 32-bit count of rows is at `position`, the rows from `start` on,
+    or else behind the count."""
     (count,) = unpack(">I", body, position)
     start = start or position + 4
     num_bytes = count * columns * np.dtype(dtype).itemsize
@@ -312,7 +313,7 @@ def no_samples() -> Runs:
 
 
 def check_frames(runs: Runs) -> int:
-    """Number of samples. With MAX_FRAMES held, the sum of all durations fits 64 bits."""
+    """Counts the samples. With MAX_FRAMES held, the sum of all durations fits 64 bits."""
     num_frames = int(runs.counts.sum())
     if num_frames > MAX_FRAMES:
         raise HeaderError(f"{num_frames} frames")

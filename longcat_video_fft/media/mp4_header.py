@@ -45,7 +45,7 @@ FIRST_BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide uuid sidx pdin
 
 @dataclass(frozen=True, kw_only=True)
 class VideoHeader:
-    """What the header says of the (first) video track.
+    """A header describes the (first) video track.
 
     Pixels are as stored: pasp and clap are not applied. Frames that an edit list hides are
     counted, as they are in the file. Times in rounded units, such as 33 and 34 ms, are a variable
@@ -63,7 +63,7 @@ class VideoHeader:
 
 
 class _Source:
-    """An object read in order; holds the bytes of the last reads from the last place on."""
+    """Reads an object in order; holds the bytes of the last reads from the last place on."""
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
         self.read_range = read_range
@@ -77,7 +77,7 @@ class _Source:
         return self.start <= start and start + num_bytes <= self.start + len(self.window)
 
     def read(self, start: int, num_bytes: int, *, ahead: int = 0) -> memoryview:
-        """Bytes within the object. When they must be fetched, so are up to `ahead` behind them."""
+        """Returns bytes within the object; a fetch takes up to `ahead` more behind them."""
         if not self.holds(start, num_bytes):
             kept = self.window[start - self.start :] if start >= self.start else b""
             behind = start + len(kept)
@@ -104,7 +104,7 @@ class _Source:
         return data
 
     def read_box(self, position: int, *, ahead: int) -> tuple[bytes, int, int]:
-        """Type, start and end of the contents of the box at `position`."""
+        """Returns type, start and end of the contents of the box at `position`."""
         remaining = self.size - position
         head = self.read(position, min(BOX_HEAD, remaining), ahead=ahead)
         if remaining < 8 or (remaining < BOX_HEAD and head[:4] == b"\0\0\0\1"):
@@ -119,13 +119,14 @@ class _Source:
 
 
 def read_header(read_range: Callable[[int, int], bytes], size: int) -> VideoHeader:
-    """The header of an object of `size` bytes; `read_range(start, num_bytes)` gives its bytes.
+    """Reads the header of an object of `size` bytes; `read_range(start, num_bytes)` gives its
+    bytes.
 
     A file in fragments is read fragment by fragment. When they are too many for MAX_REQUESTS, its
     index or header must say how long it is, and the number of frames is reckoned from that.
 
     Raises:
-        HeaderError: not a whole video; `reason` tells why.
+        HeaderError: not a whole video; `reason` says why.
     """
     if size <= 0:
         raise HeaderError("the file has no bytes", "empty")
@@ -144,7 +145,7 @@ def read_header(read_range: Callable[[int, int], bytes], size: int) -> VideoHead
 
 
 def _find_movie(source: _Source) -> tuple[Movie, int, bool]:
-    """The moov box (8.2.1), where it ends, and whether a mdat was before it."""
+    """Reads the moov box (8.2.1); returns it, where it ends, and whether a mdat was before it."""
     first = source.read(0, min(8, source.size), ahead=HEAD_BYTES - 8)
     if bytes(first[4:8]) not in FIRST_BOXES:
         raise HeaderError(f"begins with {bytes(first)!r}: not an mp4", "not_mp4")
@@ -160,7 +161,7 @@ def _find_movie(source: _Source) -> tuple[Movie, int, bool]:
 
 
 def _check_rest(source: _Source, position: int, *, saw_media: bool) -> None:
-    """Reads on to mdat, whose size tells a file that was cut, and as far as costs no read."""
+    """Reads on to mdat, whose size reveals a file that was cut, and as far as costs no read."""
     while source.size - position >= 8:  # fewer are no box, and harmless
         if saw_media and not source.holds(position, min(BOX_HEAD, source.size - position)):
             return
@@ -169,7 +170,8 @@ def _check_rest(source: _Source, position: int, *, saw_media: bool) -> None:
 
 
 def _read_fragments(source: _Source, position: int, *, movie: Movie) -> tuple[list[Runs], float]:
-    """Sample durations, and the seconds of the whole file if not all fragments were read, else 0.
+    """Returns sample durations, and the seconds of the whole file if not all fragments were read,
+    else 0.
 
     `moof` (8.8.4) is read, `mdat` jumped over, and `sidx` (8.16.3) kept where it covers the file.
     """
@@ -202,7 +204,7 @@ def _read_fragments(source: _Source, position: int, *, movie: Movie) -> tuple[li
 
 
 def _describe(movie: Movie, runs: list[Runs], *, seconds: float) -> VideoHeader:
-    """`seconds`: of the whole file when `runs` are of its beginning alone, else 0."""
+    """Sums up the track; `seconds`: the whole file's when `runs` cover its start alone, else 0."""
     track = movie.track
     counts = np.concatenate([run.counts for run in runs])
     deltas = np.concatenate([run.deltas for run in runs])[counts > 0]

@@ -22,7 +22,7 @@ LONGEST_S = 240
 
 
 def write_mp4(path: Path, frames: np.ndarray, *, fps: int = FPS, crf: int = 18) -> None:
-    """Writes (T, H, W, 3) uint8 frames as H.264, whole or not at all; H and W are even."""
+    """Writes (T, H, W, 3) uint8 frames as H.264, atomically; H and W are even."""
     height, width = frames.shape[1:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -32,7 +32,7 @@ def write_mp4(path: Path, frames: np.ndarray, *, fps: int = FPS, crf: int = 18) 
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # x264's AVX-512 code gives other bytes each time (seen on a Sapphire Rapids).
         stream.options = {"crf": str(crf), "x264-params": "asm=avx2"}
-        # Without these tags a player guesses the colours.
+        # Without these tags a player guesses the colors.
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
         stream.codec_context.colorspace = Colorspace.ITU709
@@ -48,7 +48,7 @@ def write_mp4(path: Path, frames: np.ndarray, *, fps: int = FPS, crf: int = 18) 
 
 
 def video_shape(path: Path) -> tuple[int, int]:
-    """(height, width) as shown.
+    """Returns (height, width) as shown.
 
     Raises:
         ValueError: not a video.
@@ -63,7 +63,7 @@ def video_shape(path: Path) -> tuple[int, int]:
 
 
 def read_frames(path: Path, shape: tuple[int, int], *, fps: float = FPS) -> np.ndarray:
-    """All frames at `fps`, cut to the shape as training's videos are: (T, H, W, 3) uint8.
+    """Reads all frames at `fps`, cut to the shape as training's videos are: (T, H, W, 3) uint8.
 
     Raises:
         ValueError: not a video, or one that is too long to be held.

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections import Counter
 
 LATENT_CHANNELS = 16
 FRAME_STRIDE, PIXEL_STRIDE, TOKEN_STRIDE = 4, 8, 16
@@ -30,7 +34,7 @@ SHAPES_480P: dict[float, tuple[int, int]] = {
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """What all samples of one batch have in common."""
+    """A bucket is what all samples of one batch have in common."""
 
     num_frames: int
     height: int
@@ -41,7 +45,7 @@ class Bucket:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(16, t, h, w)"""
+        """Returns (16, t, h, w)."""
         t = (self.num_frames - 1) // FRAME_STRIDE + 1
         return LATENT_CHANNELS, t, self.height // PIXEL_STRIDE, self.width // PIXEL_STRIDE
 
@@ -51,20 +55,30 @@ class Bucket:
 
     @property
     def num_tokens(self) -> int:
-        """What the transformer sees of a sample."""
+        """Returns the number of tokens that the transformer gets of a sample."""
         t = self.latent_shape[1]
         return t * (self.height // TOKEN_STRIDE) * (self.width // TOKEN_STRIDE)
 
 
 def parse_bucket(text: str) -> Bucket:
-    """The inverse of `str(bucket)`."""
+    """Inverts `str(bucket)`."""
     num_frames, height, width = map(int, text.split("x"))
     return Bucket(num_frames, height, width)
 
 
+def bucket_lines(numbers: Counter[Bucket]) -> list[str]:
+    """Returns a table of how many samples each bucket has, the longest first."""
+    total = numbers.total()
+    return [
+        f"  {bucket!s:>14} {number:>9,} ({100 * number / total:.1f} %), "
+        f"{bucket.num_tokens:,} tokens each"
+        for bucket, number in sorted(numbers.items(), reverse=True)
+    ]
+
+
 @dataclass(frozen=True)
 class BucketRule:
-    """How a video is cut to a bucket; part of the cache's identity.
+    """A rule says how a video is cut to a bucket; it is part of the cache's identity.
 
     Args:
         shapes: (height, width) by the height/width that selects each.
@@ -79,17 +93,17 @@ class BucketRule:
     crop: bool = True
 
     def choose_shape(self, height: float, width: float) -> tuple[int, int]:
-        """The official choice: the label nearest to height/width
-        (`get_condition_shape` in longcat_video/pipeline_longcat_video.py)."""
+        """Makes the official choice: the label nearest to height/width (`get_condition_shape` in
+        longcat_video/pipeline_longcat_video.py)."""
         ratio = height / width
         return min(self.shapes, key=lambda item: abs(item[0] - ratio))[1]
 
     def choose_frames(self, num_available: int) -> int | None:
-        """The longest length that `num_available` frames fill; None when they fill none."""
+        """Returns the longest length that `num_available` frames suffice for; None without one."""
         return next((length for length in self.frames if length <= num_available), None)
 
     def count_frames(self, *, num_frames: int, duration: float) -> int:
-        """How many frames a video of `duration` seconds gives at the target rate."""
+        """Returns how many frames a video of `duration` seconds gives at the target rate."""
         if self.target_fps is None:
             return num_frames
         return math.ceil(duration * self.target_fps - 1e-3)  # at 0, 1/fps, ... before the end

@@ -20,7 +20,7 @@ OFFICIAL_MODEL = "meituan-longcat/LongCat-Video"
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """One run. README.md explains each option."""
+    """The options of one run; README.md explains each."""
 
     # Model: a folder or hub id with vae/, text_encoder/, tokenizer/ (and dit/ for the training).
     model_type: str = "full"
@@ -108,7 +108,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where relative paths of input files are looked up: beside the config file."""
+        """Returns where relative paths of input files are looked up: beside the config file."""
         return Path(self.source).parent if Path(self.source).is_file() else Path()
 
     @property

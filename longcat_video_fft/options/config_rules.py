@@ -13,20 +13,20 @@ from longcat_video_fft.options.buckets import MAX_FRAMES, MAX_TOKENS, TOKEN_STRI
 from longcat_video_fft.options.launch import is_installed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from longcat_video_fft.options.config import TrainConfig
 
 BLOCK_CLASS = "LongCatSingleStreamBlock"
 
-# Keys that have one value here: (the value, why another is refused).
+# Keys that have one value here: (the value, why another is not supported).
 ONLY: dict[str, tuple[Any, str]] = {
     "model_type": ("full", "this folder trains all weights"),
     "model_family": ("longcat_video", "it is the one model of this folder"),
     "model_flavour": ("final", "it is the one that is released"),
     "base_model_precision": (
         "bf16",
-        "a quantised base cannot be trained whole; to save memory set optimizer to an 8-bit one, "
+        "a quantized base cannot be trained whole; to save memory set optimizer to an 8-bit one, "
         '"adamw_8bit", and leave the base as it is',
     ),
     "fsdp_version": (
@@ -48,7 +48,7 @@ ONLY: dict[str, tuple[Any, str]] = {
         "the model is built without memory and each process reads only its own slices of the "
         "weights, on one node or many",
     ),
-    "musubi_block_swap_device": ("cpu", "swapped blocks wait in pinned host memory"),
+    "musubi_block_swap_device": ("cpu", "swapped blocks are offloaded to pinned CPU memory"),
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -82,28 +82,32 @@ SHARES = (
 )  # fmt: skip
 
 
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (POSITIVE, lambda value: value > 0, "be above 0"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),
+    (SHARES, lambda value: 0 <= value <= 1, "be from 0 to 1"),
+    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+)
+
+
 def validate_config(c: TrainConfig) -> None:
     """Raises ValueError (field=value, what is wrong, what to do) for what cannot work."""
-    for rules in (_refused, _choices, _ranges, _needed, _together, _validation):
-        for complaint in rules(c):
-            raise ValueError(f"{c.source}: {complaint}")
+    for rules in (_unsupported, _choices, _ranges, _together, _validation):
+        for problem in rules(c):
+            raise ValueError(f"{c.source}: {problem}")
 
 
-def _refused(c: TrainConfig) -> list[str]:
+def _unsupported(c: TrainConfig) -> list[str]:
     return [
-        _refusal(c, name, reason, known)
+        f"{name}={getattr(c, name)!r} is not supported: {reason}; set it to "
+        + (f'"{known}".' if isinstance(known, str) else f"{str(known).lower()}.")
         for name, (known, reason) in ONLY.items()
         if getattr(c, name) != known
     ]
 
 
-def _refusal(c: TrainConfig, name: str, reason: str, known: Any) -> str:
-    text = f'"{known}"' if isinstance(known, str) else str(known).lower()
-    return f"{name}={getattr(c, name)!r} is refused: {reason}; set it to {text}."
-
-
 def _choices(c: TrainConfig) -> list[str]:
-    complaints = [
+    problems = [
         f"{name}={getattr(c, name)!r} is not one of {', '.join(known)}."
         for name, known in CHOICES.items()
         if getattr(c, name) not in known
@@ -113,87 +117,69 @@ def _choices(c: TrainConfig) -> list[str]:
             "fp16": 'its range is too small for this model\'s activations; set it to "bf16"',
             "fp8": 'set it to "bf16" and fp8_linears to true',
         }.get(c.mixed_precision, 'set it to "bf16", or "no" for float32')
-        complaints.append(f"mixed_precision={c.mixed_precision!r} is refused: {remedy}.")
-    return complaints
+        problems.append(f"mixed_precision={c.mixed_precision!r} is not supported: {remedy}.")
+    return problems
 
 
 def _ranges(c: TrainConfig) -> list[str]:
-    complaints = [
-        f"{name}={getattr(c, name)} must be above 0."
-        for name in POSITIVE
-        if getattr(c, name) is not None and not getattr(c, name) > 0
-    ]
-    complaints += [
-        f"{name}={getattr(c, name)} must not be negative."
-        for name in NOT_NEGATIVE
-        if not getattr(c, name) >= 0
-    ]
-    complaints += [
-        f"{name}={getattr(c, name)} must be from 0 to 1."
-        for name in SHARES
-        if not 0 <= getattr(c, name) <= 1
-    ]
-    complaints += [
-        f"{name}={getattr(c, name)} must be at least 0 and below 1."
-        for name in ("adam_beta1", "adam_beta2")
-        if not 0 <= getattr(c, name) < 1
+    problems = [
+        f"{name}={getattr(c, name)} must {text}."
+        for names, holds, text in RANGES
+        for name in names
+        if getattr(c, name) is not None and not holds(getattr(c, name))
     ]
     if c.ema_decay is not None and not 0 < c.ema_decay < 1:
-        complaints.append(
+        problems.append(
             f"ema_decay={c.ema_decay} must be between 0 and 1 (0.9999 is usual); null keeps no "
             "average."
         )
     if c.max_text_tokens > MAX_TOKENS:
-        complaints.append(
+        problems.append(
             f"max_text_tokens={c.max_text_tokens} must be at most {MAX_TOKENS}: captions are "
             "encoded to so many tokens."
         )
     if c.vae_chunk_frames % 4:
-        complaints.append(
+        problems.append(
             f"vae_chunk_frames={c.vae_chunk_frames} must be a multiple of 4: the VAE packs 4 "
             "frames into one."
         )
-    return complaints
-
-
-def _needed(c: TrainConfig) -> list[str]:
-    if not c.data_backend_config:
-        return ["data_backend_config is needed; databackend.json is one."]
-    return []
+    return problems
 
 
 def _together(c: TrainConfig) -> list[str]:
-    """Pairs of values that contradict each other."""
-    complaints: list[str] = []
+    """Finds what is missing, then pairs of values that contradict each other."""
+    problems: list[str] = []
+    if not c.data_backend_config:
+        problems.append("data_backend_config is needed; databackend.json is one.")
     mix = c.image_to_video_probability + c.continuation_probability
     if mix > 1:
-        complaints.append(
+        problems.append(
             f"image_to_video_probability={c.image_to_video_probability} and "
             f"continuation_probability={c.continuation_probability} add up to {mix:g}; the rest to "
             "1 is text-to-video, so lower one."
         )
     if c.mixed_precision == "no" and c.optimizer != "adamw":
-        complaints.append(
+        problems.append(
             f"mixed_precision='no' with optimizer={c.optimizer!r} contradict each other: that "
             'optimizer keeps bf16 weights; set optimizer to "adamw", or mixed_precision to "bf16".'
         )
     if c.attention_mechanism == "flash4" and not is_installed("flash-attn-4"):
-        complaints.append(
+        problems.append(
             "attention_mechanism='flash4' needs a package that is not installed: pip install "
             '"flash-attn-4[cu13]==4.0.0b36", or set it to "diffusers".'
         )
     if c.mixed_precision == "no" and c.fp8_linears:
-        complaints.append(
+        problems.append(
             "fp8_linears=true with mixed_precision='no' contradict each other; set mixed_precision "
             'to "bf16".'
         )
     if not c.gradient_checkpointing and c.uncheckpointed_blocks:
-        complaints.append(
-            f"uncheckpointed_blocks={c.uncheckpointed_blocks} says something about checkpointed "
+        problems.append(
+            f"uncheckpointed_blocks={c.uncheckpointed_blocks} selects among checkpointed "
             "blocks, and gradient_checkpointing=false has none; set one of them back."
         )
     if c.activation_offload_blocks and not c.compile:
-        complaints.append(
+        problems.append(
             f"activation_offload_blocks={c.activation_offload_blocks} moves what compiled blocks "
             "keep; set compile to true, or activation_offload_blocks to 0."
         )
@@ -202,30 +188,31 @@ def _together(c: TrainConfig) -> list[str]:
             "musubi_blocks_to_swap": 0, "fsdp_replicate_size": 1, "context_parallel_size": 1
         }.items():  # fmt: skip
             if getattr(c, name) != unset:
-                complaints.append(
+                problems.append(
                     f"{name}={getattr(c, name)} needs FSDP, and fsdp_enable=false turns it off; "
                     f"set fsdp_enable to true, or {name} to {unset}."
                 )
-    return complaints
+    return problems
 
 
 def _validation(c: TrainConfig) -> list[str]:
-    complaints: list[str] = []
+    problems: list[str] = []
     length = c.validation_num_video_frames
     if length < 1 or (length - 1) % 4 or length > MAX_FRAMES:
-        complaints.append(
-            f"validation_num_video_frames={length} is refused: a length is 4n + 1 (the VAE packs 4 "
-            f"frames into one) and at most {MAX_FRAMES}, the longest that the model was trained on."
+        problems.append(
+            f"validation_num_video_frames={length} is not supported: a length is 4n + 1 (the "
+            f"VAE packs 4 frames into one) and at most {MAX_FRAMES}, the longest that the model "
+            "was trained on."
         )
     try:
         parse_resolution(c.validation_resolution)
     except ValueError as error:
-        complaints.append(f"validation_resolution={c.validation_resolution!r} {error}")
-    return complaints
+        problems.append(f"validation_resolution={c.validation_resolution!r} {error}")
+    return problems
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """(height, width) of "480x832", the order of the official shapes."""
+    """Parses "480x832" to (height, width), the order of the official shapes."""
     try:
         height, width = map(int, text.lower().split("x"))
     except ValueError:
@@ -240,7 +227,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """How the devices share the work. world_size = replicate_size x shard_size."""
+    """A world says how the devices share the work. world_size = replicate_size x shard_size."""
 
     world_size: int
     replicate_size: int  # copies of the sharded model (HSDP); 1: none
@@ -249,15 +236,9 @@ class World:
     dp_size: int  # samples' groups: world_size / context_size
     global_batch: int
 
-    @property
-    def arithmetic(self) -> str:
-        """The global batch as a product."""
-        per_device = self.global_batch // self.dp_size
-        return f"{per_device} a group of devices x {self.dp_size} groups = {self.global_batch}"
-
 
 def check_world(c: TrainConfig, world_size: int) -> World:
-    """The shares of the devices.
+    """Computes how the devices share the work.
 
     Raises:
         ValueError: the sizes do not divide, or several devices without FSDP.
@@ -265,8 +246,8 @@ def check_world(c: TrainConfig, world_size: int) -> World:
     copies, context = c.fsdp_replicate_size, c.context_parallel_size
     if not c.fsdp_enable and world_size > 1:
         raise ValueError(
-            f"{c.source}: fsdp_enable=false with {world_size} devices is refused: each would hold "
-            "and train a whole model of its own. Set it to true, or start one process."
+            f"{c.source}: fsdp_enable=false with {world_size} devices is not supported: each "
+            "would hold and train a whole model of its own. Set it to true, or start one process."
         )
     for name, size in (("context_parallel_size", context), ("fsdp_replicate_size", copies)):
         if world_size % size:
@@ -306,22 +287,22 @@ def check_model(c: TrainConfig, transformer: Mapping[str, Any]) -> None:
             )
 
 
-def free_blocks(c: TrainConfig, depth: int) -> list[int]:
-    """Those that keep all their activations: `uncheckpointed_blocks`, evenly over the model."""
+def uncheckpointed_indices(c: TrainConfig, depth: int) -> list[int]:
+    """Returns the blocks that keep all their activations, spread evenly over the model."""
     return spread(c.uncheckpointed_blocks if c.gradient_checkpointing else depth, range(depth))
 
 
 def offloaded_blocks(c: TrainConfig, depth: int) -> list[int]:
-    """Those whose activations wait in host memory: first of the blocks that keep all, for these
-    give the most room. Evenly, so that the copies keep pace with the work."""
-    free = free_blocks(c, depth)
-    others = [index for index in range(depth) if index not in free]
-    chosen = spread(c.activation_offload_blocks, free)
+    """Returns the blocks whose activations are CPU-offloaded. Uncheckpointed blocks come first, for
+    they free the most memory; even distances let the copies keep pace with the work."""
+    uncheckpointed = uncheckpointed_indices(c, depth)
+    others = [index for index in range(depth) if index not in uncheckpointed]
+    chosen = spread(c.activation_offload_blocks, uncheckpointed)
     return sorted(chosen + spread(c.activation_offload_blocks - len(chosen), others))
 
 
 def spread(count: int, blocks: Sequence[int]) -> list[int]:
-    """`count` of the blocks, or all of them, at even distances."""
+    """Chooses `count` of the blocks, or all of them, at even distances."""
     size = len(blocks)
     count = min(count, size)
     return [b for i, b in enumerate(blocks) if (i + 1) * count // size > i * count // size]

@@ -1,8 +1,8 @@
 """The options of databackend*.json: where the videos are, how they are cut, where caches go.
 
-The file is a list of two objects, told apart by `dataset_type`: the videos and the text
+The file is a list of two objects, distinguished by `dataset_type`: the videos and the text
 embeddings; `load.py` reads it. Names are the source document's. What it names and this folder
-cannot do is refused with the reason; relative paths count from the file's own folder.
+does not support is an error that says why; relative paths count from the file's own folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class VideoOptions:
-    """`video`: lengths and rates."""
+    """`video` holds lengths and rates."""
 
     num_frames: int = 93
     frame_buckets: list[int] | None = None  # null: 93 and 73 where num_frames is 93
@@ -31,7 +31,7 @@ class VideoOptions:
 
 @dataclass(kw_only=True)
 class ParquetOptions:
-    """`parquet`: scripts/generate_metadata_parquet.py's table, or one of the user's."""
+    """`parquet` names scripts/generate_metadata_parquet.py's table, or one of the user's."""
 
     path: str = ""
     filename_column: str = "filename"
@@ -44,7 +44,7 @@ class ParquetOptions:
 
 @dataclass(kw_only=True)
 class VideoData:
-    """The data set of videos."""
+    """The first object of the file describes the data set of videos."""
 
     id: str = "videos"
     type: str = "local"
@@ -82,7 +82,7 @@ class VideoData:
 
 @dataclass(kw_only=True)
 class TextEmbeds:
-    """Where caption embeddings go."""
+    """The second object of the file says where caption embeddings go."""
 
     id: str = "text-embeds"
     type: str = "local"
@@ -95,7 +95,7 @@ class TextEmbeds:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A checked databackend file."""
+    """A data config is a checked databackend file."""
 
     source: Path
     videos: VideoData
@@ -103,9 +103,10 @@ class DataConfig:
     parquet: ParquetOptions
     text: TextEmbeds
     rule: BucketRule
+    placeholders: tuple[str, ...] = ()  # fields that still need a value (a dry run's)
 
     def path(self, text: str) -> Path:
-        """A path of the file's, from the file's own folder where it is relative."""
+        """Returns a path of the file's, from the file's own folder where it is relative."""
         return self.source.parent / Path(text).expanduser()
 
     @property

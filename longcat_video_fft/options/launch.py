@@ -7,7 +7,7 @@ from importlib.metadata import distributions
 
 
 def start_logging(*, is_main: bool) -> None:
-    """The main process reports; the others speak up only when something is wrong."""
+    """Sets up logging: the main process logs INFO, the others only warnings and errors."""
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -15,7 +15,7 @@ def start_logging(*, is_main: bool) -> None:
     )
     for library in ("httpx", "httpx2", "botocore"):  # a line a request
         logging.getLogger(library).setLevel(logging.WARNING)
-    # The tokenizer tells of captions that are too long; the survey counts them.
+    # The tokenizer warns of captions that are too long; the survey counts them.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 

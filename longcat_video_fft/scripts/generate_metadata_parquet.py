@@ -1,4 +1,4 @@
-"""Makes the metadata table of a bucket or folder from headers alone; run again, it goes on.
+"""Makes the metadata table of a bucket or folder from headers alone; run again, it continues.
 
     python generate_metadata_parquet.py --bucket B --prefix videos/ --output ../metadata.parquet \
         --region us-east-1 --workers 32

@@ -28,11 +28,11 @@ usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
 }
 
-# Words: --key value and --key=value and key=value are one thing; a --key alone means true.
+# Arguments: --key value and --key=value and key=value are one thing; a --key alone means true.
 while [ $# -gt 0 ]; do
-  word=$1
+  argument=$1
   shift
-  case $word in
+  case $argument in
     -h | --help)
       usage
       exit 0
@@ -42,12 +42,12 @@ while [ $# -gt 0 ]; do
       continue
       ;;
     --*=* | [a-z]*=*)
-      key=${word#--}
+      key=${argument#--}
       key=${key%%=*}
-      value=${word#*=}
+      value=${argument#*=}
       ;;
     --*)
-      key=${word#--}
+      key=${argument#--}
       if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
         value=$1
         shift
@@ -58,7 +58,7 @@ while [ $# -gt 0 ]; do
         value=true
       fi
       ;;
-    *) fail "$word: write key=value, --key value or --key=value, for example seed=1." ;;
+    *) fail "$argument: write key=value, --key value or --key=value, for example seed=1." ;;
   esac
   key=${key//-/_}
   case $key in
@@ -138,17 +138,17 @@ fi
 
 launch=(accelerate)
 command -v accelerate >/dev/null || launch=("$python" -m accelerate.commands.accelerate_cli)
-words=(--config_file "$folder/scripts/accelerate_fsdp2.yaml" --num_processes "$num_processes")
-words+=(--num_machines "$num_machines" --machine_rank "${machine_rank:-0}")
-if [ -n "$main_process_ip" ]; then words+=(--main_process_ip "$main_process_ip"); fi
-if [ -n "$main_process_port" ]; then words+=(--main_process_port "$main_process_port"); fi
-words+=(-m longcat_video_fft.train "--config=$config" "${options[@]}")
+argv=(--config_file "$folder/scripts/accelerate_fsdp2.yaml" --num_processes "$num_processes")
+argv+=(--num_machines "$num_machines" --machine_rank "${machine_rank:-0}")
+if [ -n "$main_process_ip" ]; then argv+=(--main_process_ip "$main_process_ip"); fi
+if [ -n "$main_process_port" ]; then argv+=(--main_process_port "$main_process_port"); fi
+argv+=(-m longcat_video_fft.train "--config=$config" "${options[@]}")
 
-# On SIGTERM the training saves a checkpoint and ends. Only its processes are told: the launcher
+# On SIGTERM the training saves a checkpoint and ends. Only its processes get it: the launcher
 # would kill them after 30 seconds. The trap comes before the start: without it a signal ends this
 # script alone.
 trap 'pkill -TERM -P "$!" || true' TERM
-"${launch[@]}" launch "${words[@]}" &
+"${launch[@]}" launch "${argv[@]}" &
 launcher=$!
 while kill -0 "$launcher" 2>/dev/null; do
   wait "$launcher" || true  # a signal ends it early

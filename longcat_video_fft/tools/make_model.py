@@ -7,7 +7,7 @@
     OUT/tokenizer/          byte pairs of the captions, so that a usual word is one token
     OUT/vae/  scheduler/    the VAE is given, or random at the released shape
 
-A random UMT5 tells words apart and knows nothing of their meaning: good for trials with few words.
+A random UMT5 distinguishes words and knows nothing of their meaning: good for few of them.
 tests/demos/longcat_video_fft/train_vae.py of the repository makes a VAE.
 """
 
@@ -99,7 +99,7 @@ def make_model(out: Path, size: str, *, captions: Path, vae: Path | None, seed: 
 
 
 def read_captions(folder: Path) -> list[str]:
-    """Raises ValueError when there are none."""
+    """Reads the cleaned captions; raises ValueError when there are none."""
     paths = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
     if not paths:
         raise ValueError(f"captions={folder}: holds no .txt file.")
@@ -107,8 +107,8 @@ def read_captions(folder: Path) -> list[str]:
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> int:
-    """Byte pairs merged as often as `texts` have them, any other text in bytes; ends every text
-    with </s>, as UMT5's does. Returns the number of tokens."""
+    """Merges byte pairs as often as `texts` have them, and leaves any other text in bytes; ends
+    every text with </s>, as UMT5's does. Returns the number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,7 +139,7 @@ def write_text_encoder(folder: Path, shape: dict[str, int], *, vocabulary: int, 
 
 
 def write_transformer_config(folder: Path, shape: dict[str, int], *, captions_dim: int) -> None:
-    """All that the training needs to start a transformer from nothing."""
+    """Writes all that the training needs to start a transformer from nothing."""
     from diffusers import __version__ as diffusers_version
 
     config: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, written while the training goes on, for any number of GPUs.
+"""Checkpoints that are whole or absent, written while the training runs, for any number of GPUs.
 
     OUT/checkpoint-500/state/              parameters, optimizer, EMA (torch distributed checkpoint)
     OUT/checkpoint-500/trainer_state.json  global_step, identity, size of each file; written last
@@ -6,7 +6,7 @@
 A save copies the state to host memory, which is all that the training waits for; a thread of each
 process then writes it to `checkpoint-500.partial`. Its collectives go over a group of their own, so
 the main thread's never meet them. The main process's thread is done when all are: it alone then
-renames the folder and removes the oldest. A kill at any moment leaves the last good one. Noise and
+renames the folder and removes the oldest. A kill at any time leaves the last good one. Noise and
 data are functions of the step, so no random state is kept. Several nodes need a shared disk.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Bytes of a parameter in a checkpoint: weight and both moments.
+# Bytes of a parameter in a checkpoint: weight and both of Adam's averages.
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_bf16": 6, "adamw_8bit": 4}
 EMA_BYTES = 4
 EXPORT_BYTES = 2
@@ -48,29 +48,33 @@ LONGEST_SAVE = timedelta(hours=2)
 
 
 def check_disk(model: Any, config: TrainConfig, output_dir: Path) -> None:
-    """Whether the checkpoints that will be kept, one being written and the export find room.
+    """Checks that the checkpoints that will be kept, one being written and the export find room.
 
     Raises:
         ValueError: they do not; both numbers are named.
     """
-    count = sum(p.numel() for p in model.parameters())
-    size = CHECKPOINT_BYTES[config.optimizer] + (EMA_BYTES if config.ema_decay is not None else 0)
-    written = math.ceil(config.max_train_steps / config.checkpointing_steps)
-    copies = written
-    if config.checkpoints_total_limit:
-        copies = min(written, config.checkpoints_total_limit + 1)
-    copies = max(0, copies - len(finished_checkpoints(output_dir)))
+    copies, size = plan_disk(sum(p.numel() for p in model.parameters()), config, output_dir)
     check_free_disk(
         output_dir,
-        count * (size * copies + EXPORT_BYTES),
+        size,
         what=f"{copies} checkpoint(s) and the exported transformer",
         remedy="Lower checkpoints_total_limit, raise checkpointing_steps, or give another "
         "output_dir.",
     )
 
 
+def plan_disk(num_parameters: int, config: TrainConfig, output_dir: Path) -> tuple[int, int]:
+    """Returns (checkpoints still to make room for, bytes of them and of the export)."""
+    size = CHECKPOINT_BYTES[config.optimizer] + (EMA_BYTES if config.ema_decay is not None else 0)
+    copies = math.ceil(config.max_train_steps / config.checkpointing_steps)
+    if config.checkpoints_total_limit:
+        copies = min(copies, config.checkpoints_total_limit + 1)
+    copies = max(0, copies - len(finished_checkpoints(output_dir)))
+    return copies, num_parameters * (size * copies + EXPORT_BYTES)
+
+
 def checkpoint_step(folder: Path) -> int | None:
-    """The step of a finished checkpoint folder, else None: also where a file is cut or missing."""
+    """Returns a finished checkpoint's step, else None: also where a file is cut or missing."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     if found is None:
         return None
@@ -88,13 +92,14 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def finished_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Returns finished checkpoints, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if checkpoint_step(p) is not None]
     return sorted(found, key=lambda p: checkpoint_step(p) or 0)
 
 
 def find_checkpoint(spec: str | None, output_dir: Path) -> Path | None:
-    """What `resume_from_checkpoint` names: "latest" (None when there is none yet) or a folder.
+    """Finds what `resume_from_checkpoint` names: "latest" (None when there is none yet) or a
+    folder.
 
     Raises:
         ValueError: the folder is no finished checkpoint.
@@ -157,7 +162,7 @@ class Checkpointer:
                 shutil.rmtree(left)
 
     def save(self, global_step: int) -> float:
-        """Begins to write OUT/checkpoint-STEP; returns the seconds that the training stood still.
+        """Begins to write OUT/checkpoint-STEP; returns the seconds that the training waited.
 
         Waits for the previous save first, and raises its error. Does nothing when the last save
         was of this step.
@@ -177,14 +182,14 @@ class Checkpointer:
         return time.perf_counter() - started
 
     def _stage(self) -> dict[str, Any]:
-        """The state in host memory."""
+        """Copies the state to host memory."""
         staged = self.stager.stage(engine_state(self.engine), non_blocking=self.has_gpu)
         if self.has_gpu:
             torch.cuda.synchronize()
         return staged
 
     def poll(self) -> None:
-        """Call it each step: notes when the save under way is done, and raises its error.
+        """Notes when the save under way is done, and raises its error; call it each step.
 
         Raises:
             OSError: on every process, at the same step.
@@ -199,7 +204,7 @@ class Checkpointer:
             self._settle(is_done=True)
 
     def drain(self) -> None:
-        """Waits without a word to the other processes: for a run that ends by an error."""
+        """Waits without a collective: for a run that ends by an error."""
         if self.pending is not None:
             self.pending.exception()
 
@@ -219,9 +224,9 @@ class Checkpointer:
             if self.is_main:
                 partial = self.output_dir / f"checkpoint-{self.step}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(self._complaint([text for text in texts if text is not None]))
+            raise OSError(self._describe_failure([text for text in texts if text is not None]))
 
-    def _complaint(self, texts: list[str]) -> str:
+    def _describe_failure(self, texts: list[str]) -> str:
         full = next((text for text in texts if "No space left" in text), None)
         remedy = "Look at the disk"
         if full is not None:
@@ -230,11 +235,13 @@ class Checkpointer:
         last = f"the last good one is {good[-1]}" if good else "there is no earlier one"
         return (
             f"checkpoint-{self.step} could not be written to {self.output_dir}: "
-            f"{full or texts[0]}; {last}. {remedy}, and go on with --resume_from_checkpoint latest."
+            f"{full or texts[0]}; {last}. {remedy}, and resume with "
+            "--resume_from_checkpoint latest."
         )
 
     def _write(self, staged: Any, partial: Path, global_step: int) -> None:
-        """In a thread, as torch's async_save, which in torch 2.11 gives up the buffers each time.
+        """Writes in a thread, as torch's async_save, which in torch 2.11 gives up the buffers each
+        time.
 
         The main process's return from `save` stands for all, since DCP collects what each has
         written: without another collective it makes the folder final.
@@ -275,7 +282,7 @@ def load_checkpoint(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
     if differences:
         raise ValueError(
             f"resume_from_checkpoint: {folder} is of another run: {'; '.join(differences)}. Resume "
-            "with the options that wrote it, or start anew in another output_dir."
+            "with the options that wrote it, or start again in another output_dir."
         )
     tensors = engine_state(engine)
     try:
@@ -288,7 +295,8 @@ def load_checkpoint(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
 
 
 def engine_state(engine: Any) -> dict[str, Any]:
-    """The tensors themselves, sharded, by official names: what is read into them is loaded."""
+    """Returns the sharded tensors themselves by official names: what is read into them is
+    loaded."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer)
     # Without the optimizer's options, which are the config's. Torch makes states that are not there
     # yet, but not where someone has touched them: nothing would be read.
@@ -302,7 +310,7 @@ def engine_state(engine: Any) -> dict[str, Any]:
 
 
 def make_identity(engine: Any, transformer: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must share, as JSON gives it back."""
+    """Returns what two runs must share, as JSON gives it back."""
     options = {key: value for key, value in transformer.items() if not key.startswith("_")}
     identity = {
         "transformer": options,
@@ -313,7 +321,7 @@ def make_identity(engine: Any, transformer: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(there: Any, here: Any, path: str = "") -> list[str]:
-    """What differs between two JSON values, as `depth is 4 there, but 2 in this run`."""
+    """Lists what differs between two JSON values, as `depth is 4 there, but 2 in this run`."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [*there, *(name for name in here if name not in there)]
         found = [compare(there.get(n), here.get(n), f"{path}.{n}" if path else n) for n in names]
@@ -322,7 +330,7 @@ def compare(there: Any, here: Any, path: str = "") -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """The first cause, in one line; DCP wraps it by process."""
+    """Returns the first cause, in one line; DCP wraps it by process."""
     failures = getattr(error, "failures", None)
     if isinstance(error, CheckpointException) and failures:
         rank, (cause, _) = next(iter(failures.items()))

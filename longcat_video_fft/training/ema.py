@@ -2,7 +2,7 @@
 
     average <- d * average + (1 - d) * weights,    d = min(decay, (1 + n) / (10 + n)) at update n
 
-so that a young average forgets the start values.
+so that a young average forgets the initial values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Ema:
-    """Build it from the loaded, sharded module. Costs 4 bytes a parameter."""
+    """Averages the weights at 4 bytes a parameter; build it from the loaded, sharded module."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -33,7 +33,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Call after each optimizer step."""
+        """Updates the averages; call it after each optimizer step."""
         n = int(self.num_updates)
         rest = 1 - min(self.decay, (1 + n) / (10 + n))
         for name, param in named_parameters(module):
@@ -42,35 +42,29 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped(self, module: nn.Module) -> Iterator[None]:
-        """The module has the averages for weights inside; its own wait in host memory."""
+        """Gives the module the averages for weights inside; its own are CPU-offloaded meanwhile."""
         own = {
             name: local(param).detach().to("cpu", copy=True)
             for name, param in named_parameters(module)
         }
-        self._fill(module, self.averages)
+        self._copy_into(module, self.averages)
         try:
             yield
         finally:
-            self._fill(module, own)
+            self._copy_into(module, own)
 
     @torch.no_grad()
-    def _fill(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+    def _copy_into(self, module: nn.Module, values: dict[str, Tensor]) -> None:
         for name, param in named_parameters(module):
             local(param).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors themselves: what is read into them in place is loaded."""
+        """Returns the tensors themselves: what is read into them in place is loaded."""
         return {"averages": self.averages, "num_updates": self.num_updates}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_updates.copy_(state["num_updates"])
-        for name, average in self.averages.items():
-            local(average).copy_(local(state["averages"][name]))
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trained parameters as they are sharded, by official name."""
+    """Yields trained parameters as they are sharded, by official name."""
     reshard(module)
     for name, param in module.named_parameters():
         if param.requires_grad:

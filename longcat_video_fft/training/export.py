@@ -47,7 +47,7 @@ def export_checkpoint(
 
 
 def read_checkpoint(source: Path, *, use_ema: bool) -> Any:
-    """The transformer of a checkpoint in host memory, in bf16, by this process alone."""
+    """Reads the transformer of a checkpoint into host memory, in bf16, by this process alone."""
     import torch
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -86,7 +86,8 @@ def export_model(engine: Engine, config: TrainConfig, folder: Path, layout: str 
 
 
 def find_companions(config: TrainConfig, folder: Path) -> Path:
-    """The folder of the model that is trained, with all that an export to `folder` takes from it.
+    """Returns the folder of the model that is trained, with all that an export to `folder` takes
+    from it.
 
     Raises:
         ValueError: a part is missing, or the export would overwrite that model.
@@ -119,9 +120,10 @@ def write_export(
     is_main: bool,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """All processes call it, since they gather the weights together; the main one writes.
+    """Writes the export. All processes call it, since they gather the weights together; the main
+    one writes.
 
-    Each part appears whole or not at all, and model_index.json last.
+    Each part is written atomically, and model_index.json last.
 
     Raises:
         ValueError: the disk is full.
@@ -153,7 +155,7 @@ def write_export(
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Links files where source and target share a disk, else copies them; whole or not at all."""
+    """Replaces a folder atomically; links files where both share a disk, else copies them."""
     if target.exists() and target.samefile(source):
         return
     partial = target.with_name(f"{target.name}.partial")
@@ -172,7 +174,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def write_scheduler(folder: Path, source: Path, *, shift: float) -> None:
-    """The official scheduler, with the shift that the training's timesteps had."""
+    """Writes the official scheduler, with the shift that the training's timesteps had."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteScheduler as Scheduler,
     )
@@ -183,8 +185,8 @@ def write_scheduler(folder: Path, source: Path, *, shift: float) -> None:
 
 
 def write_code(folder: Path) -> None:
-    """pipeline.py, and the transformer's code in one file, as diffusers wants it: of a component's
-    folder it copies one module from disk and fetches one from the hub."""
+    """Writes pipeline.py, and the transformer's code in one file, as diffusers wants it: of a
+    component's folder it copies one module from disk and fetches one from the hub."""
     here = Path(__file__).parents[1] / "model"
     shutil.copyfile(here / "pipeline.py", folder / "pipeline.py")
     code = join_modules(here / "transformer.py", [here / "attention.py", here / "layers.py"])
@@ -192,7 +194,7 @@ def write_code(folder: Path) -> None:
 
 
 def join_modules(module: Path, used: list[Path]) -> str:
-    """The source of a module with those that it imports from this folder put in its place.
+    """Returns the source of a module with those that it imports from this folder put in its place.
 
     Raises:
         ValueError: it imports another module of this folder.
@@ -221,7 +223,7 @@ def join_modules(module: Path, used: list[Path]) -> str:
 
 
 def write_index(folder: Path, config: TrainConfig) -> None:
-    """model_index.json: which class of which library each part is."""
+    """Writes model_index.json: which class of which library each part is."""
     import transformers
     from diffusers import __version__ as diffusers_version
     from transformers import AutoTokenizer

@@ -34,7 +34,8 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 
 @torch.no_grad()
 def held_out_loss(engine: Engine, dataset: LatentDataset, config: TrainConfig) -> dict[str, float]:
-    """{"eval/loss": the mean, "eval/loss_t100": that at timestep 100, ...}; {} without samples.
+    """Returns {"eval/loss": the mean, "eval/loss_t100": that at timestep 100, ...}; {} without
+    samples.
 
     Text-to-video, each sample with its own caption. All processes take part, with the same number
     of forwards, since those of sharded weights are collective; all get the same numbers, which do
@@ -63,7 +64,7 @@ def held_out_loss(engine: Engine, dataset: LatentDataset, config: TrainConfig) -
 
 
 def forward_loss(engine: Engine, batch: Batch, timestep: int, config: TrainConfig) -> Tensor:
-    """The loss of a batch of one; its noise depends on (seed, name, timestep) alone."""
+    """Computes the loss of a batch of one; its noise depends on (seed, name, timestep) alone."""
     noised = prepare_fixed(batch, timestep, config.seed, engine.device)
     with engine.attention():
         prediction = engine.module(
@@ -77,7 +78,7 @@ def forward_loss(engine: Engine, batch: Batch, timestep: int, config: TrainConfi
 
 
 def prepare_fixed(batch: Batch, timestep: int, seed: int, device: torch.device) -> Noised:
-    """As flow_matching.prepare, without chance and without condition frames."""
+    """Noises a batch as flow_matching.prepare, without chance and without condition frames."""
     rows = [
         torch.randn(
             batch.latents.shape[1:], generator=make_generator(seed, "held out", name, timestep)

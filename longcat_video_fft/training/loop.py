@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from longcat_video_fft.model.flow_matching import apply_caption_dropout, prepare
@@ -22,7 +23,7 @@ from longcat_video_fft.training.meter import Meter
 from longcat_video_fft.training.optimizer import lr_scale, set_lr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from longcat_video_fft.dataset.latents import Batch, LatentDataset
     from longcat_video_fft.model.flow_matching import Noised
@@ -38,23 +39,6 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite; every process stops before the step."""
 
 
-class Positions(Sampler[int]):
-    """This process's micro-batches of the steps from `start_step` to `stop_step`: accumulation
-    step, then process, so that a global batch is the same on any number of devices."""
-
-    def __init__(self, engine: Engine, *, start_step: int, stop_step: int) -> None:
-        self.per_step = engine.config.gradient_accumulation_steps * engine.dp_size
-        self.first = start_step * self.per_step + engine.dp_rank
-        self.last = stop_step * self.per_step
-        self.stride = engine.dp_size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.last, self.stride))
-
-    def __len__(self) -> int:
-        return len(range(self.first, self.last, self.stride))
-
-
 def train(
     engine: Engine,
     dataset: LatentDataset,
@@ -65,7 +49,7 @@ def train(
     evaluate: Callable[[int], dict[str, float]],
     start_step: int = 0,
 ) -> bool:
-    """Trains to max_train_steps; False when a SIGTERM stopped it, after a checkpoint.
+    """Trains to max_train_steps; returns False when a SIGTERM stopped it, after a checkpoint.
 
     `evaluate` makes the validation of a step; every process calls it.
 
@@ -111,7 +95,7 @@ def train(
         checkpointer.poll()
         if must_stop:
             logger.warning(
-                "stopped by a signal after step %d; go on with --resume_from_checkpoint latest",
+                "stopped by a signal after step %d; resume with --resume_from_checkpoint latest",
                 global_step,
             )
             break
@@ -132,7 +116,7 @@ def train_step(
     *,
     global_step: int,
 ) -> torch.Tensor:
-    """One optimizer step; returns the global (sum of losses, samples) as float64.
+    """Makes one optimizer step; returns the global (sum of losses, samples) as float64.
 
     A sample counts the same whatever its length: the loss is the mean over the global batch of
     each sample's mean, so that any split into processes and micro-batches gives one gradient.
@@ -170,25 +154,23 @@ def train_step(
     return sums
 
 
-class WithNoise:
-    """What a loader's worker makes of a micro-batch: the batch and its noise, on the CPU."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-
-    def __call__(self, batch: Batch) -> tuple[Batch, Noised]:
-        return batch, prepare(batch, self.config, torch.device("cpu"))
+def with_noise(batch: Batch, config: TrainConfig) -> tuple[Batch, Noised]:
+    """Adds the noise to a micro-batch in a loader's worker: the batch and its noise, on the CPU."""
+    return batch, prepare(batch, config, torch.device("cpu"))
 
 
 def _loader(
     engine: Engine, dataset: LatentDataset, start_step: int, stop_step: int
 ) -> DataLoader[Any]:
     config = engine.config
+    # Accumulation step, then process: a global batch is the same on any number of devices.
+    per_step = config.gradient_accumulation_steps * engine.dp_size
+    first = start_step * per_step + engine.dp_rank
     return DataLoader(
         dataset,
         batch_size=None,  # an item is a micro-batch
-        sampler=Positions(engine, start_step=start_step, stop_step=stop_step),
-        collate_fn=WithNoise(config),  # pyright: ignore[reportArgumentType]
+        sampler=range(first, stop_step * per_step, engine.dp_size),
+        collate_fn=partial(with_noise, config=config),  # pyright: ignore[reportArgumentType]
         num_workers=config.dataloader_num_workers,
         worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),  # the default one's state must not depend on a resume

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Sums between two log lines, and the speed."""
+    """Sums losses and speed between two log lines."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -57,7 +57,7 @@ class Meter:
             )  # fmt: skip
 
     def flush(self, lr: float, global_step: int) -> dict[str, float]:
-        """Metrics since the last flush, over all processes; times of this one."""
+        """Returns metrics since the last flush, over all processes; times of this one."""
         engine = self.engine
         seconds = time.perf_counter() - self.started  # train_step has waited for the device
         loss_sum, samples = self.sums.tolist()

@@ -1,4 +1,4 @@
-"""`activation_offload_blocks`: what blocks keep for the backward pass waits in pinned host memory.
+"""`activation_offload_blocks`: CPU-offloads what blocks keep for the backward pass.
 
 At 93 frames of 480x832 a recomputed block keeps 0.6 to 0.9 GB, one that is not recomputed 6 GB, and
 PCIe moves 4 GB in the time of a block's forward. So the blocks are spread evenly over the model
@@ -22,7 +22,7 @@ BLOCKS_TO_COPY = 2  # blocks that may work until a copy out must be done
 
 
 class View(NamedTuple):
-    """A tensor of a piece of memory; `offset` in elements."""
+    """A view is a tensor of a piece of memory; `offset` in elements."""
 
     place: int
     dtype: torch.dtype
@@ -32,8 +32,8 @@ class View(NamedTuple):
 
 
 class ObservedBlock:
-    """Forward of one block; takes the place of its `work`. The store's copies begin and end with
-    the forwards of all blocks, offloaded or not."""
+    """Runs one block's forward in place of its `work`. The store's copies begin and end with the
+    forwards of all blocks, offloaded or not."""
 
     def __init__(self, block: Any, store: PinnedStore, *, is_offloaded: bool) -> None:
         self.block = block
@@ -56,7 +56,7 @@ class ObservedBlock:
 
 
 class PinnedStore:
-    """Host memory that is used again, the stream of the copies, and who is on the way out."""
+    """Reuses host memory, and has the stream of the copies and what is on its way out."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -66,7 +66,7 @@ class PinnedStore:
         self.slabs: list[Tensor] = []  # what is left of them
 
     def keep(self, block: Any) -> Kept:
-        """For what a block that now begins will keep."""
+        """Makes the record of what a block that now begins will keep."""
         before = self.newest
         if before is not None and before.is_taken:  # of the micro-batch before
             before = None
@@ -74,7 +74,7 @@ class PinnedStore:
         return self.newest
 
     def begin_block(self) -> None:
-        """The offloaded block that has just ended begins to leave."""
+        """Begins to copy out the offloaded block that has just ended."""
         if self.newest is not None and self.newest.is_new:
             self.newest.start_copy_out()
             self.leaving.append(self.newest)
@@ -100,15 +100,15 @@ class PinnedStore:
         return buffer
 
     def release(self, buffer: Tensor) -> None:
-        """Used again only by copies on the same stream, which come after those of now."""
+        """Gives a buffer back: only later copies on the same stream use it again."""
         self.free.setdefault(len(buffer), []).append(buffer)
 
 
 class Kept:
-    """The memory that one block keeps: on the GPU, in host memory, then on the GPU again.
+    """The record moves what one block keeps: from the GPU to host memory, then back to the GPU.
 
     Pieces of memory, not tensors: several of these may be views of one piece (queries, keys and
-    values of one product), which moves once and is free only when all of it is.
+    values of one matmul), which moves once and is free only when all of it is.
     """
 
     def __init__(self, block: Any, store: PinnedStore, before: Kept | None) -> None:
@@ -124,7 +124,7 @@ class Kept:
         self.is_new, self.is_taken = True, False
 
     def put(self, value: Tensor) -> Tensor | View:
-        """Where it lies; weights stay where FSDP has them, and so do small tensors."""
+        """Returns where the value lies; weights stay where FSDP has them, as small tensors do."""
         storage = value.untyped_storage()
         address = storage.data_ptr()
         if storage.nbytes() < MIN_BYTES or address in self.weights:
@@ -166,13 +166,13 @@ class Kept:
             self.copied.record()
 
     def leave_gpu(self) -> None:
-        """Its memory is free for what the current stream does after the copies."""
+        """Frees the memory for what the current stream does after the copies."""
         if not self.is_taken:
             torch.cuda.current_stream().wait_event(self.copied)
             self.on_gpu = []
 
     def start_copy_in(self) -> None:
-        """Nothing is copied where all is still on the GPU: of the last blocks, or asked again."""
+        """Copies back; nothing where all is still on the GPU: the last blocks, or asked again."""
         if not self.on_gpu:
             # Memory of the current stream, which may be in use up to here.
             pieces = [torch.empty_like(buffer, device="cuda") for buffer in self.on_host]

@@ -50,14 +50,14 @@ VIDEO_KEYS = {
 
 
 def open_films(url: str, prefix: str, **options: Any) -> S3Storage:
-    """The storage for a prefix of `s3_bucket`."""
+    """Opens the storage for a prefix of `s3_bucket`."""
     storage = open_s3(S3Options(bucket=BUCKET, prefix=prefix, endpoint_url=url, **options))
     assert isinstance(storage, S3Storage)
     return storage
 
 
 def open_many(url: str, prefix: str) -> Storage:
-    """The storage for a prefix of `s3_many_bucket`."""
+    """Opens the storage for a prefix of `s3_many_bucket`."""
     return open_s3(S3Options(bucket=MANY_BUCKET, prefix=prefix, endpoint_url=url))
 
 
@@ -75,28 +75,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def s3_url() -> Iterator[str]:
-    """The address of moto's server."""
+    """Returns the address of moto's server."""
     with start_moto() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def s3_bucket(s3_url: str) -> str:
-    """The name of a bucket with `OBJECTS`; read it only."""
+    """Returns the name of a bucket with `OBJECTS`; read it only."""
     put_objects(s3_url, BUCKET, OBJECTS)
     return BUCKET
 
 
 @pytest.fixture(scope="session")
 def s3_many_bucket(s3_url: str) -> str:
-    """The name of a bucket with `MANY`, apart since moto looks at all of a bucket each time."""
+    """Returns the name of a bucket with `MANY`, apart since moto looks at all of a bucket each
+    time."""
     put_objects(s3_url, MANY_BUCKET, MANY)
     return MANY_BUCKET
 
 
 @pytest.fixture
 def s3_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials that moto takes, in the environment; short waits between attempts."""
+    """Sets credentials that moto takes, in the environment; short waits between attempts."""
     set_environment(monkeypatch)
     monkeypatch.setattr(s3_storage, "BACKOFF_BASE_S", 0.001)
     monkeypatch.setattr(s3_storage, "BACKOFF_CAP_S", 0.01)
@@ -104,18 +105,6 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def faulty_proxy(s3_url: str) -> Iterator[FaultyProxy]:
-    """Before moto's server; `.url` is the endpoint to use."""
+    """Stands before moto's server; `.url` is the endpoint to use."""
     with FaultyProxy(s3_url) as proxy:
         yield proxy
-
-
-@pytest.fixture(params=["boto3", "obstore"])
-def s3_client(
-    request: pytest.FixtureRequest, s3_environment: None, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Runs the test with each of the two clients, with credentials in the environment."""
-    if request.param == "boto3":
-        monkeypatch.setenv("LONGCAT_NO_OBSTORE", "1")
-    else:
-        pytest.importorskip("obstore")
-    return request.param

@@ -35,7 +35,7 @@ def test_a_copy_installs_and_makes_caches(tiny: Tiny, tmp_path: Path) -> None:
 
     def run(*command: str | Path) -> None:
         done = subprocess.run(
-            [str(word) for word in command], cwd=copy, capture_output=True, text=True,
+            [str(part) for part in command], cwd=copy, capture_output=True, text=True,
             env=launch_env(PYTHONPATH=str(site)), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

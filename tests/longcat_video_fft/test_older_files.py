@@ -37,7 +37,7 @@ RESUMED_STEPS = [4, 5, 6]
 
 @pytest.fixture
 def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder unpacked; its configs name paths from there."""
+    """Unpacks the folder; its configs name paths from there."""
     with tarfile.open(OLDER / "written.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -47,13 +47,13 @@ def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def logged(out: Path, name: str) -> dict[int, float]:
-    """A number of metrics.jsonl by step."""
+    """Returns a number of metrics.jsonl by step."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 def stored(folder: Path) -> dict[str, bytes]:
-    """What phase 1 makes by work: tensors, their index and the identities."""
+    """Returns what phase 1 makes by work: tensors, their index and the identities."""
     endings = (".shard", ".index", ".json")
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -62,8 +62,8 @@ def stored(folder: Path) -> dict[str, bytes]:
     }
 
 
-def assert_goes_on(older: Path, name: str, *, rel: float) -> None:
-    """The steps after the checkpoint, and the evaluation of the last."""
+def assert_resumes(older: Path, name: str, *, rel: float) -> None:
+    """Checks the steps after the checkpoint, and the evaluation of the last."""
     for number, steps in (("train/loss", RESUMED_STEPS), ("eval/loss", RESUMED_STEPS[-1:])):
         wanted, found = (logged(older / out, number) for out in (name, f"{name}_again"))
         assert list(found) == steps
@@ -86,13 +86,13 @@ def test_a_checkpoint_resumes_as_the_run_went_on(
 ) -> None:
     before = stored(older / "cache")
     checkpoint = older / "out" / "checkpoint-3"
-    words = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", "out_again"]
+    argv = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", "out_again"]
     with caplog.at_level("INFO"):
-        assert train(["--config", CONFIG, *words]) == 0
+        assert train(["--config", CONFIG, *argv]) == 0
     assert f"resumed from {checkpoint}" in caplog.text
     assert "they are made first" not in caplog.text
     assert stored(older / "cache") == before
-    assert_goes_on(older, "out", rel=1e-4)
+    assert_resumes(older, "out", rel=1e-4)
     dcp_to_torch_save(older / "out_again" / "checkpoint-6" / "state", older / "merged.pt")
     model = torch.load(older / "merged.pt", weights_only=True)["model"]
     wanted = load_file(older / "final.safetensors")
@@ -104,6 +104,6 @@ def test_a_checkpoint_resumes_as_the_run_went_on(
 
 def test_8bit_moments_resume(older: Path) -> None:
     checkpoint = older / "out_8bit" / "checkpoint-3"
-    words = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", "out_8bit_again"]
-    assert train(["--config", CONFIG, *EIGHT_BIT, *words]) == 0
-    assert_goes_on(older, "out_8bit", rel=0.01)  # bf16: processors round differently
+    argv = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", "out_8bit_again"]
+    assert train(["--config", CONFIG, *EIGHT_BIT, *argv]) == 0
+    assert_resumes(older, "out_8bit", rel=0.01)  # bf16: processors round differently

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from data.make_videos import make_videos
-from longcat_video_fft.dataset.cache import ShardWriter, open_folder
+from longcat_video_fft.dataset.cache import ShardWriter
 from longcat_video_fft.dataset.latents import LatentDataset
-from longcat_video_fft.dataset.samples import read_samples
-from longcat_video_fft.dataset.sources import open_videos
+from longcat_video_fft.dataset.sources import open_caches, open_videos
 from longcat_video_fft.media.decoding import decode_sample
 from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.model.vae import VideoEncoder, load_video_encoder
@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """The released shapes: Wan's VAE and UMT5-XXL's encoder, random."""
+    """Makes the released shapes: Wan's VAE and UMT5-XXL's encoder, random."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan()
     nn.Module.to(vae, dtype=torch.bfloat16)
@@ -63,7 +63,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_folder(folder: Path, seconds: float, count: int) -> None:
-    """`count` videos, of which NUM_DIFFERENT are different and the others links to them."""
+    """Makes `count` videos, of which NUM_DIFFERENT are different and the others links to them."""
     options = {"width": 1280, "height": 720, "fps": 30, "show_progress": False}
     made = make_videos(folder, count=NUM_DIFFERENT, seconds=seconds, workers=8, **options)
     files = sorted(made.folder.rglob("*.mp4"))
@@ -111,7 +111,7 @@ def time_stage(stage: encoding.VideoStage, jobs: list[Any], title: str) -> None:
 
 
 def compare(encoder: VideoEncoder, data: Any, name: str) -> None:
-    """Our pieces, compiled and not, and diffusers' own encode, against fp32."""
+    """Compares our pieces, compiled and not, and diffusers' own encode, with fp32."""
     frames = decode_sample(open_videos(data).read(name), data.rule).frames
     pixels = encoder.prepare(frames)
     ours = encoder.encode(pixels, compiled=True).wait().float()
@@ -155,7 +155,7 @@ def time_text(models: Any) -> None:
 
 
 def time_reads(data: Any) -> None:
-    cache = open_folder(data.latent_cache)
+    cache, _ = open_caches(data)
     entries = list(cache)
     for title in ("first", "again"):
         started = time.perf_counter()
@@ -197,12 +197,13 @@ def main() -> None:
         data = load_data_config(path.with_name("databackend.json"))
         models = job.find_models(config)
         started = time.perf_counter()
-        planned = job.plan(config, data, models, False)
-        say(f"plan: {time.perf_counter() - started:.1f} s, buckets {dict(planned[0].buckets)}")
+        state = job.plan(config, data, models, False)
+        buckets = Counter(bucket for _, _, bucket, _ in state.samples)
+        say(f"plan: {time.perf_counter() - started:.1f} s, buckets {dict(buckets)}")
         started = time.perf_counter()
-        job.embed_captions(data, models, processes, open_folder(data.text_cache), planned)
+        job.embed_captions(state, models, processes)
         say(f"captions stage: {time.perf_counter() - started:.1f} s with loading")
-        jobs = read_samples(open_folder(data.latent_cache).storage)
+        jobs = state.samples
         if frames == 93:
             time_stage(build_stage(config, data, models, compiles=False), jobs[:20], "eager")
         stage = build_stage(config, data, models, compiles=True)

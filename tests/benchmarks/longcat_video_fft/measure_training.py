@@ -27,14 +27,14 @@ from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.buckets import Bucket
 from longcat_video_fft.options.config import TYPES, TrainConfig
 from longcat_video_fft.options.config_rules import check_world
-from longcat_video_fft.options.parsing import check_values, parse_text, parse_words
+from longcat_video_fft.options.parsing import check_values, parse_argv, parse_text
 from longcat_video_fft.plan.memory import model_sizes, predict_memory
 from longcat_video_fft.training.checkpoint import Checkpointer, load_checkpoint
 from longcat_video_fft.training.distributed import init_processes, is_main_process
 from longcat_video_fft.training.loop import train_step
 from longcat_video_fft.training.optimizer import set_lr
 from longcat_video_fft.training.parallel import Engine
-from tests.demos.longcat_video_fft.trial import say
+from tests.demos.longcat_video_fft.end_to_end import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=None, help="save and resume in this folder")
     parser.add_argument("--resume", default=None, help="begin at this checkpoint, of any layout")
     args, rest = parser.parse_known_args()
-    given = {key: parse_text(key, text, TYPES) for key, text in parse_words(rest).items()}
+    given = {key: parse_text(key, text, TYPES) for key, text in parse_argv(rest).items()}
     options = check_values(given, TYPES, "the command line")
     config = TrainConfig(
         **{"gradient_accumulation_steps": 1, "transformer_init": "random", **options}
@@ -65,7 +65,7 @@ def main() -> None:
     started = time.perf_counter()
     engine = Engine(
         model, config, device,
-        fill=lambda m: load_weights(m, None, seed=0, init="random"),
+        load_weights=lambda m: load_weights(m, None, seed=0, init="random"),
     )  # fmt: skip
     torch.cuda.synchronize()
     result: dict[str, Any] = {
@@ -131,7 +131,7 @@ def measure(engine: Engine, config: TrainConfig, args: Any, result: dict[str, An
 
 
 def profile_step(do_step: Callable[[], None], name: str) -> dict[str, float]:
-    """One more step; its kernels go to NAME-rankN.txt."""
+    """Profiles one more step; its kernels go to NAME-rankN.txt."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         do_step()
     table = profiler.key_averages().table(
@@ -142,7 +142,8 @@ def profile_step(do_step: Callable[[], None], name: str) -> dict[str, float]:
 
 
 def exchange_seconds(profiler: torch.profiler.profile) -> dict[str, float]:
-    """Seconds of a step in NCCL's kernels, and those of them without other work on the GPU."""
+    """Returns seconds of a step in NCCL's kernels, and those of them without other work on the
+    GPU."""
     exchanges: dict[str, list[tuple[float, float]]] = {"all": [], "gathers": []}
     work: list[tuple[float, float]] = []
     for event in profiler.events() or ():
@@ -164,7 +165,7 @@ def exchange_seconds(profiler: torch.profiler.profile) -> dict[str, float]:
 
 
 def union_seconds(intervals: list[tuple[float, float]]) -> float:
-    """The length of all that at least one interval covers."""
+    """Returns the length of all that at least one interval covers."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -175,7 +176,7 @@ def union_seconds(intervals: list[tuple[float, float]]) -> float:
 def measure_checkpoint(
     engine: Engine, folder: Path, step: int, do_step: Callable[[int], None]
 ) -> dict[str, float]:
-    """Saves, goes on for two steps meanwhile, resumes, and does the two steps again."""
+    """Saves, continues for two steps meanwhile, resumes, and does the two steps again."""
     folder.mkdir(parents=True, exist_ok=True)
     identity = dict(engine.module.config)
     checkpointer = Checkpointer(engine, folder, keep_last=1, identity=identity)
@@ -198,7 +199,7 @@ def measure_checkpoint(
 
 
 def make_batch(frames: int, *, position: int) -> Batch:
-    """One random sample of 480x832."""
+    """Makes one random sample of 480x832."""
     generator = torch.Generator().manual_seed(1)
     shape = (1, 16, (frames - 1) // 4 + 1, 60, 104)
     return Batch(

@@ -20,8 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from longcat_video_fft.options.launch import start_logging
-from tests.demos.longcat_video_fft.judge import draw_grid, generate_videos, load, read_prompts
-from tests.demos.longcat_video_fft.trial import ROOT, Trial, run, run_stage, say, stage_seconds
+from tests.demos.longcat_video_fft.end_to_end import (
+    ROOT,
+    EndToEndRun,
+    run_command,
+    run_stage,
+    say,
+    stage_seconds,
+)
+from tests.demos.longcat_video_fft.evaluator import draw_grid, generate_videos, load, read_prompts
 
 OUT = ROOT / "runs" / "demo" / "longcat_video_fft"
 ACCELERATE = (
@@ -34,8 +41,8 @@ MAX_LOSS_SHARE = 0.75  # of the first losses, that the last ones may be
 AVERAGED = 5  # log lines
 
 
-def demo_trial(out: Path) -> Trial:
-    return Trial(
+def demo_run(out: Path) -> EndToEndRun:
+    return EndToEndRun(
         out=out,
         configs=Path(__file__).parent / "demo",
         size="demo",
@@ -44,7 +51,7 @@ def demo_trial(out: Path) -> Trial:
         width=48,
         height=32,
         num_frames=5,
-        vae_words=("--minutes", "1.5", "--base-dim", "8", "--batch-size", "4"),
+        vae_argv=("--minutes", "1.5", "--base-dim", "8", "--batch-size", "4"),
         cache_processes=1,
         launcher=ACCELERATE,
     )
@@ -56,12 +63,12 @@ def main() -> int:
     ).parse_args()
     started = time.monotonic()
     start_logging(is_main=True)
-    trial = demo_trial(OUT)
+    e2e = demo_run(OUT)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    for name, work in trial.stages().items():
-        run_stage(trial, name, work)
-    summary = use(trial)
+    for name, work in e2e.stages().items():
+        run_stage(e2e, name, work)
+    summary = use(e2e)
     summary["minutes"] = (time.monotonic() - started) / 60
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     say(
@@ -75,25 +82,25 @@ def main() -> int:
     return 0
 
 
-def use(trial: Trial) -> dict[str, Any]:
+def use(e2e: EndToEndRun) -> dict[str, Any]:
     """Generates with what was trained; returns the numbers."""
-    prompts = list(read_prompts(trial).values())
+    prompts = list(read_prompts(e2e).values())
     say("\n== use\n")
-    run(
-        trial, "longcat_video_fft.generate", "--model", "export", "--prompt", prompts[0],
-        "--num-inference-steps", STEPS, "--num-frames", trial.num_frames,
-        "--height", trial.height, "--width", trial.width, "--output", "generated.mp4",
+    run_command(
+        e2e, "longcat_video_fft.generate", "--model", "export", "--prompt", prompts[0],
+        "--num-inference-steps", STEPS, "--num-frames", e2e.num_frames,
+        "--height", e2e.height, "--width", e2e.width, "--output", "generated.mp4",
     )  # fmt: skip
-    videos = generate_videos(load(trial), trial, prompts, steps=STEPS, guidance=GUIDANCE)
-    draw_grid(trial.out / "grid.png", prompts, videos, columns=1)
-    steps, losses = read_losses(trial.out / "output" / "metrics.jsonl")
-    plot(trial.out / "loss.png", steps, losses)
+    videos = generate_videos(load(e2e), e2e, prompts, steps=STEPS, guidance=GUIDANCE)
+    draw_grid(e2e.out / "grid.png", prompts, videos, columns=1)
+    steps, losses = read_losses(e2e.out / "output" / "metrics.jsonl")
+    plot(e2e.out / "loss.png", steps, losses)
     return {
         "steps": steps[-1],
         "first_loss": sum(losses[:AVERAGED]) / AVERAGED,
         "last_loss": sum(losses[-AVERAGED:]) / AVERAGED,
-        "stage_seconds": stage_seconds(trial.out),
-        "vae": json.loads((trial.out / "vae" / "training.json").read_text()),
+        "stage_seconds": stage_seconds(e2e.out),
+        "vae": json.loads((e2e.out / "vae" / "training.json").read_text()),
     }
 
 

@@ -19,7 +19,7 @@ FIRST_LOG_VAR = -6.0
 
 
 def build_vae(base_dim: int, num_res_blocks: int) -> Any:
-    """Wan's VAE with random weights; latents are not normalised yet."""
+    """Builds Wan's VAE with random weights; latents are not normalized yet."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import (
         AutoencoderKLWan,
         WanAttentionBlock,
@@ -50,7 +50,7 @@ def build_vae(base_dim: int, num_res_blocks: int) -> Any:
 
 
 def load_vae(folder: Path) -> Any:
-    """In float32, to be trained on."""
+    """Loads the VAE in float32, to be trained on."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     vae: Any = AutoencoderKLWan.from_pretrained(folder, local_files_only=True)
@@ -58,9 +58,9 @@ def load_vae(folder: Path) -> Any:
 
 
 def encode(vae: Any, video: Tensor) -> Tensor:
-    """(B, 3, T, H, W) -> mean and log variance (B, 32, t, h, w), with gradients.
+    """Encodes (B, 3, T, H, W) -> mean and log variance (B, 32, t, h, w), with gradients.
 
-    In two pieces, the first frame and the rest; as `AutoencoderKLWan._encode`, which takes more.
+    Two pieces, the first frame and the rest, do what `AutoencoderKLWan._encode` does with more.
     """
     import torch
 
@@ -71,7 +71,7 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """(B, 16, t, h, w) -> (B, 3, T, H, W), not clamped, in two pieces as `encode`."""
+    """Decodes (B, 16, t, h, w) -> (B, 3, T, H, W), not clamped, in two pieces as `encode`."""
     import torch
 
     states: list[Any] = [None] * vae._cached_conv_counts["decoder"]
@@ -83,12 +83,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def to_pixels(videos: Tensor) -> Tensor:
-    """(B, T, H, W, 3) uint8 -> (B, 3, T, H, W) in -1..1, channels last in memory."""
+    """Converts (B, T, H, W, 3) uint8 -> (B, 3, T, H, W) in -1..1, channels last in memory."""
     return (videos / 127.5 - 1).permute(0, 4, 1, 2, 3)
 
 
 def save(vae: Any, folder: Path) -> None:
-    """The folder appears whole or not at all."""
+    """Writes the folder atomically."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     vae.save_pretrained(partial)

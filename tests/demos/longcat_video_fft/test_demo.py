@@ -12,14 +12,14 @@ from PIL import Image
 
 from longcat_video_fft.media.video_file import read_frames
 from longcat_video_fft.options.load import load_config, load_data_config
-from tests.demos.longcat_video_fft import demo, trial
+from tests.demos.longcat_video_fft import demo, end_to_end
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_the_settings_fit_together(tmp_path: Path) -> None:
-    this = demo.demo_trial(tmp_path)
+    this = demo.demo_run(tmp_path)
     config = load_config(["--config", str(this.configs / "training_config.json")])
     data = load_data_config(this.configs / str(config.data_backend_config))
     (bucket,) = {data.rule.choose_bucket(height=this.height, width=this.width, num_available=99)}
@@ -42,7 +42,7 @@ def test_losses_are_read_and_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_whole_path_shortened(tmp_path: Path) -> None:
-    whole = demo.demo_trial(tmp_path / "out")
+    whole = demo.demo_run(tmp_path / "out")
     configs = tmp_path / "configs"
     configs.mkdir()
     for name in ("training_config.json", "databackend.json"):
@@ -50,11 +50,11 @@ def test_the_whole_path_shortened(tmp_path: Path) -> None:
         if isinstance(options, dict):
             options |= {"max_train_steps": 6, "logging_steps": 1, "train_batch_size": 8}
         (configs / name).write_text(json.dumps(options))
-    words = ("--steps", "6", "--base-dim", "4", "--batch-size", "2", "--num-held-out", "2")
-    this = dataclasses.replace(whole, configs=configs, num_videos=16, vae_words=words)
+    argv = ("--steps", "6", "--base-dim", "4", "--batch-size", "2", "--num-held-out", "2")
+    this = dataclasses.replace(whole, configs=configs, num_videos=16, vae_argv=argv)
     this.out.mkdir()
     for name, work in this.stages().items():
-        trial.run_stage(this, name, work)
+        end_to_end.run_stage(this, name, work)
     summary = demo.use(this)
     assert summary["steps"] == 6
     assert list(summary["stage_seconds"]) == list(this.stages())

@@ -1,4 +1,4 @@
-"""trial.py, judge.py, small_result.py: stages that go on, shares that are right, the picture."""
+"""end_to_end.py, evaluator.py, small_result.py: stages that continue, right shares, the picture."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from PIL import Image
 
 from data.shapes import Combination, list_combinations, parse_caption, render_scene, scene_of
 from longcat_video_fft.options.load import load_config, load_data_config
-from tests.demos.longcat_video_fft import judge, small_result, trial
-from tests.demos.longcat_video_fft.trial import OutOfTimeError, Trial
+from tests.demos.longcat_video_fft import end_to_end, evaluator, small_result
+from tests.demos.longcat_video_fft.end_to_end import EndToEndRun, OutOfTimeError
 
-FOLDER = Path(trial.__file__).parent
+FOLDER = Path(end_to_end.__file__).parent
 
 
-def make_trial(out: Path, **changes: Any) -> Trial:
+def make_run(out: Path, **changes: Any) -> EndToEndRun:
     options: dict[str, Any] = {
         "out": out, "configs": FOLDER / "small", "size": "demo", "num_videos": 3,
-        "num_held_out": 2, "width": 48, "height": 32, "num_frames": 5, "vae_words": (),
+        "num_held_out": 2, "width": 48, "height": 32, "num_frames": 5, "vae_argv": (),
         "cache_processes": 1, "launcher": (),
     }  # fmt: skip
-    return Trial(**(options | changes))
+    return EndToEndRun(**(options | changes))
 
 
 def test_prompts_are_of_combinations_that_training_never_sees(tmp_path: Path) -> None:
-    this = make_trial(tmp_path, num_videos=40, num_held_out=40)
-    trial.make_data(this)
-    prompts = judge.read_prompts(this)
+    this = make_run(tmp_path, num_videos=40, num_held_out=40)
+    end_to_end.make_data(this)
+    prompts = evaluator.read_prompts(this)
     assert list(prompts) == [f"{n:06d}" for n in range(40)]
     asked = {combination(text) for text in prompts.values()}
     trained = {combination(path.read_text()) for path in (tmp_path / "train").rglob("*.txt")}
@@ -42,32 +42,32 @@ def test_prompts_are_of_combinations_that_training_never_sees(tmp_path: Path) ->
 
 
 def combination(caption: str) -> Combination:
-    told = parse_caption(caption)
-    return Combination(told.colour, told.shape, told.direction)
+    scene = parse_caption(caption)
+    return Combination(scene.color, scene.shape, scene.direction)
 
 
-def test_videos_are_judged_as_files(tmp_path: Path) -> None:
-    this = make_trial(tmp_path, width=96, height=64, num_frames=13, num_videos=1, num_held_out=6)
-    trial.make_data(this)
+def test_videos_are_evaluated_as_files(tmp_path: Path) -> None:
+    this = make_run(tmp_path, width=96, height=64, num_frames=13, num_videos=1, num_held_out=6)
+    end_to_end.make_data(this)
     scenes = [scene_of(0, n, split="held_out") for n in range(6)]
     videos = np.stack([render_scene(s, width=96, height=64, num_frames=13) for s in scenes])
     videos[0] = videos[0, ::-1]
-    result = judge.judge(this, "generated", list(judge.read_prompts(this)), videos)
-    assert result["right"] == {"colour": 1.0, "direction": 5 / 6, "both": 5 / 6}
-    text = judge.describe(result)
-    assert text.startswith("right of 6 prompts: colour 100% (another prompt's ")
+    result = evaluator.evaluate(this, "generated", list(evaluator.read_prompts(this)), videos)
+    assert result["right"] == {"color": 1.0, "direction": 5 / 6, "both": 5 / 6}
+    text = evaluator.describe(result)
+    assert text.startswith("right of 6 prompts: color 100% (another prompt's ")
     assert "chance 12.5%" in text
     assert len(list((tmp_path / "generated").glob("*.mp4"))) == 6
     assert len((tmp_path / "generated.jsonl").read_text().splitlines()) == 6
     with pytest.raises(SystemExit, match="read_videos: failed"):
-        judge.judge(this, "odd", ["nobody"], videos[:1])
+        evaluator.evaluate(this, "odd", ["nobody"], videos[:1])
 
 
 def test_the_grid(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
     scenes = [scene_of(0, n) for n in range(3)]
     videos = np.stack([render_scene(s, width=96, height=64, num_frames=13) for s in scenes])
-    judge.draw_grid(path, [scene.caption for scene in scenes], videos)
+    evaluator.draw_grid(path, [scene.caption for scene in scenes], videos)
     picture = np.asarray(Image.open(path))
     cell_width, cell_height = 5 * 98 - 2 + 8, 13 + 64 + 8  # one line of text each
     assert picture.shape == (2 * cell_height, 2 * cell_width, 3)
@@ -95,44 +95,44 @@ def test_every_batch_of_the_small_result_is_full() -> None:
 
 def test_a_stage_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     calls: list[int] = []
-    this = make_trial(tmp_path)
+    this = make_run(tmp_path)
     for _ in range(2):
-        trial.run_stage(this, "data", lambda _: calls.append(1))
+        end_to_end.run_stage(this, "data", lambda _: calls.append(1))
     assert len(calls) == 1
-    assert trial.read_stages(tmp_path)["data"]["is_done"]
+    assert end_to_end.read_stages(tmp_path)["data"]["is_done"]
 
-    def fail(_: Trial) -> None:
+    def fail(_: EndToEndRun) -> None:
         raise SystemExit("failed")
 
     with pytest.raises(SystemExit):
-        trial.run_stage(this, "vae", fail)
-    assert not trial.read_stages(tmp_path)["vae"]["is_done"]
+        end_to_end.run_stage(this, "vae", fail)
+    assert not end_to_end.read_stages(tmp_path)["vae"]["is_done"]
 
 
-def test_a_stage_goes_on_and_its_seconds_add_up(tmp_path: Path) -> None:
-    this = make_trial(tmp_path)
+def test_a_stage_continues_and_its_seconds_add_up(tmp_path: Path) -> None:
+    this = make_run(tmp_path)
     for _ in range(2):
-        trial.run_stage(this, "train", lambda _: time.sleep(0.2))
-        trial.reopen_stages(tmp_path, "train", "export")
-    assert trial.stage_seconds(tmp_path)["train"] >= 0.4
+        end_to_end.run_stage(this, "train", lambda _: time.sleep(0.2))
+        end_to_end.reopen_stages(tmp_path, "train", "export")
+    assert end_to_end.stage_seconds(tmp_path)["train"] >= 0.4
 
 
 def test_no_stage_starts_without_time(tmp_path: Path) -> None:
-    late = make_trial(tmp_path, seconds=0.0)
+    late = make_run(tmp_path, seconds=0.0)
     with pytest.raises(OutOfTimeError, match="stage vae"):
-        trial.run_stage(late, "vae", lambda _: None)
+        end_to_end.run_stage(late, "vae", lambda _: None)
     with pytest.raises(OutOfTimeError, match="training"):
-        trial.train(make_trial(tmp_path, seconds=50.0, reserve=60.0))
+        end_to_end.train(make_run(tmp_path, seconds=50.0, reserve=60.0))
 
 
 def test_data_and_a_command_that_fails(tmp_path: Path) -> None:
-    this = make_trial(tmp_path)
-    trial.make_data(this)
+    this = make_run(tmp_path)
+    end_to_end.make_data(this)
     assert len(list((tmp_path / "train").rglob("*.mp4"))) == 3
     assert len(list((tmp_path / "held_out").rglob("*.txt"))) == 2
     assert (tmp_path / "databackend.json").is_file()
     with pytest.raises(SystemExit, match="make_model: failed with exit status 1"):
-        trial.make_model(this)  # there is no VAE yet
+        end_to_end.make_model(this)  # there is no VAE yet
 
 
 def test_time_ends_the_training_by_a_signal(
@@ -144,20 +144,23 @@ def test_time_ends_the_training_by_a_signal(
         "if signal.sigtimedwait({signal.SIGTERM}, 300):\n"
         "    pathlib.Path('seen').touch()\n"
     )
-    this = make_trial(tmp_path, launcher=("-c", program))
-    monkeypatch.setattr(Trial, "seconds_left", 0.1)
+    this = make_run(tmp_path, launcher=("-c", program))
+    monkeypatch.setattr(EndToEndRun, "seconds_left", 0.1)
     # The program inherits this: the signal is kept until it asks for it, however late it starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        trial.train(this)
+        end_to_end.train(this)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     assert (tmp_path / "seen").is_file()
 
 
 def test_commands_are_shown_as_typed() -> None:
-    line = trial.command("tests.demos.longcat_video_fft.train_vae", "train", "vae", "--steps", 5)
+    line = end_to_end.command(
+        "tests.demos.longcat_video_fft.train_vae", "train", "vae", "--steps", 5
+    )
     assert line[0] == sys.executable
     assert (
-        trial.shown(line) == "python -m tests.demos.longcat_video_fft.train_vae train vae --steps 5"
+        end_to_end.shown(line)
+        == "python -m tests.demos.longcat_video_fft.train_vae train vae --steps 5"
     )

@@ -38,13 +38,13 @@ def test_two_pieces_give_what_diffusers_gives(num_frames: int) -> None:
 
 def test_the_command_trains_measures_and_saves(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "vae"
-    words = ["--num-frames", "5", "--base-dim", "4", "--batch-size", "2", "--steps", "8"]
-    assert train_vae.main([str(videos), str(out), *words, "--num-held-out", "2"]) == 0
+    argv = ["--num-frames", "5", "--base-dim", "4", "--batch-size", "2", "--steps", "8"]
+    assert train_vae.main([str(videos), str(out), *argv, "--num-held-out", "2"]) == 0
     record = json.loads((out / "training.json").read_text())
     assert (record["steps"], record["videos"], record["shape"]) == (8, 4, [5, 32, 48])
     assert 0 < record["held_out_psnr_db"] < 60
 
-    # The precompute's encoder normalises what was trained on to mean 0 and deviation 1.
+    # The precompute's encoder normalizes what was trained on to mean 0 and deviation 1.
     pixels = torch.from_numpy(train_vae.read_videos(videos, num_frames=5))[:4]
     cpu = torch.device("cpu")
     encoder = load_video_encoder(out, cpu, dtype=torch.float32, chunk_frames=4)
@@ -85,7 +85,7 @@ def test_time_ends_the_training(videos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--num-frames", "12"], "num_frames=12: must be 4n + 1"),
         (["--steps", "0"], "steps=0: must be above 0"),
@@ -96,9 +96,9 @@ def test_time_ends_the_training(videos: Path) -> None:
     ],
 )
 def test_messages(
-    videos: Path, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    videos: Path, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_vae.main([str(videos), str(tmp_path / "vae"), *words]) == 1
+    assert train_vae.main([str(videos), str(tmp_path / "vae"), *argv]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "vae").exists()
 

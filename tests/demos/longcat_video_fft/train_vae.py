@@ -1,4 +1,4 @@
-"""Trains a small Wan VAE from nothing, for trials without released weights.
+"""Trains a small Wan VAE from nothing, for end-to-end runs without released weights.
 
     python -m tests.demos.longcat_video_fft.train_vae VIDEOS OUT --minutes 3
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Raises ValueError for what cannot work, before anything heavy is imported."""
+    """Parses the command line; raises ValueError for what cannot work, before heavy imports."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -145,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def read_videos(folder: Path, *, num_frames: int) -> np.ndarray:
-    """The first frames of all videos, cut to the shape of the first one: (N, T, H, W, 3) uint8.
+    """Reads the first frames of all videos, cut to the first one's shape: (N, T, H, W, 3) uint8.
 
     Raises:
         ValueError: there are none, one cannot be read, or their sides are no multiples of 16.
@@ -223,8 +223,8 @@ def fit(vae: Any, videos: Tensor, args: argparse.Namespace) -> tuple[int, float]
 
 
 def recorded(train_step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A CUDA graph of the step for each shape of clips: its thousands of small kernels take longer
-    to start than to run."""
+    """Records a CUDA graph of the step for each shape of clips: its thousands of small kernels take
+    longer to start than to run."""
     import torch
 
     graphs: dict[Any, tuple[Any, Tensor, Tensor]] = {}
@@ -251,8 +251,8 @@ def recorded(train_step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 def losses(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, T, H, W) in -1..1 -> error of the decoded video, and mean KL of the latents (Kingma
-    and Welling 2014, appendix B).
+    """Computes (B, 3, T, H, W) in -1..1 -> error of the decoded video, and mean KL of the latents
+    (Kingma and Welling 2014, appendix B).
 
     Pixels unlike their picture's mean count more: the plain absolute error has a resting place
     where small things are left out of the picture.
@@ -290,7 +290,7 @@ def measure_latents(vae: Any, videos: Tensor) -> None:
 
 
 def measure_psnr(vae: Any, videos: Tensor) -> float | None:
-    """Of decoded latents against the videos, in dB over all pixels; None without videos."""
+    """Measures decoded latents against the videos, in dB over all pixels; None without videos."""
     import torch
 
     if not len(videos):

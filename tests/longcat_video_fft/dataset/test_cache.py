@@ -1,4 +1,4 @@
-"""Shards and their index: what is written is read, whatever moment a writer is killed at."""
+"""Shards and their index: what is written is read, whenever a writer is killed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from longcat_video_fft.dataset.cache import (
     CorruptEntryError,
     ShardWriter,
     TensorCache,
-    open_folder,
     reject,
 )
 from longcat_video_fft.precompute.manifest import check_manifest, digest_folder
+from tests.longcat_video_fft.support.tiny import open_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def fill(folder: Path, number: int, *, shard_bytes: int = 2000) -> list[torch.Tensor]:
-    """`number` bf16 tensors named "0", "1", ..., 240 bytes each."""
+def write_some(folder: Path, number: int, *, shard_bytes: int = 2000) -> list[torch.Tensor]:
+    """Writes `number` bf16 tensors named "0", "1", ..., 240 bytes each."""
     folder.mkdir(exist_ok=True)
     tensors = [torch.randn(4, 5, 6).bfloat16() for _ in range(number)]
     writer = ShardWriter(folder, 3, shard_bytes=shard_bytes)
@@ -32,7 +32,7 @@ def fill(folder: Path, number: int, *, shard_bytes: int = 2000) -> list[torch.Te
 
 
 def test_tensors_come_back_from_several_shards(tmp_path: Path) -> None:
-    tensors = fill(tmp_path, 20)
+    tensors = write_some(tmp_path, 20)
     cache = open_folder(tmp_path)
     assert len(list(tmp_path.glob("rank00003-*.shard"))) == 3  # closed at 9 x 240 > 2000
     for i, tensor in enumerate(tensors):
@@ -47,7 +47,7 @@ def test_tensors_come_back_from_several_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [1, 30, 100])
 def test_a_torn_index_loses_its_last_line_alone(tmp_path: Path, lost: int) -> None:
-    fill(tmp_path, 4, shard_bytes=10**6)
+    write_some(tmp_path, 4, shard_bytes=10**6)
     (index,) = tmp_path.glob("*.index")
     index.write_bytes(index.read_bytes()[:-lost])
     cache = open_folder(tmp_path)
@@ -56,14 +56,14 @@ def test_a_torn_index_loses_its_last_line_alone(tmp_path: Path, lost: int) -> No
 
 
 def test_bytes_without_an_index_line_do_not_count(tmp_path: Path) -> None:
-    fill(tmp_path, 2, shard_bytes=10**6)
+    write_some(tmp_path, 2, shard_bytes=10**6)
     (shard,) = tmp_path.glob("*.shard")
     shard.write_bytes(shard.read_bytes() + b"half a tensor")
     assert open_folder(tmp_path).verify() == []
 
 
-def test_a_flipped_bit_and_a_short_shard_are_found_and_made_anew(tmp_path: Path) -> None:
-    fill(tmp_path, 4, shard_bytes=10**6)
+def test_a_flipped_bit_and_a_short_shard_are_found_and_made_again(tmp_path: Path) -> None:
+    write_some(tmp_path, 4, shard_bytes=10**6)
     (shard,) = tmp_path.glob("*.shard")
     raw = bytearray(shard.read_bytes())
     raw[250] ^= 1
@@ -82,7 +82,7 @@ def test_a_flipped_bit_and_a_short_shard_are_found_and_made_anew(tmp_path: Path)
 def test_a_full_disk_is_named_and_keeps_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(tmp_path, 2)
+    write_some(tmp_path, 2)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -94,7 +94,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_written(
     assert sorted(open_folder(tmp_path).entries) == ["0", "1"]
 
 
-def test_a_cache_of_another_maker_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_cache_of_another_maker_is_an_error_by_name(tmp_path: Path) -> None:
     check_manifest(tmp_path, {"vae_sha256": "aa", "target_fps": 15})
     check_manifest(tmp_path, {"vae_sha256": "aa", "target_fps": 15})
     with pytest.raises(ValueError, match="vae_sha256 is 'aa' there and 'bb' here") as error:
@@ -117,5 +117,6 @@ def test_a_digest_tells_contents_and_names(tmp_path: Path) -> None:
 
 
 def test_reading_an_empty_folder(tmp_path: Path) -> None:
-    assert list(open_folder(tmp_path / "new")) == []
-    assert isinstance(open_folder(tmp_path / "new"), TensorCache)
+    cache = open_folder(tmp_path)
+    assert list(cache) == []
+    assert isinstance(cache, TensorCache)

@@ -48,7 +48,7 @@ class Caches:
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Caches:
-    """Two caches in two shards each, of two writers, as two processes leave them."""
+    """Makes two caches in two shards each, of two writers, as two processes leave them."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("caches")
     names = [f"part{n % 3}/{n:02d}.mp4" for n in range(NUM_SAMPLES)]
@@ -152,7 +152,7 @@ def test_seed_and_repeats_reach_the_order(caches: Caches, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_loader_workers_change_nothing(data: DataConfig, world: int) -> None:
-    """Over an epoch's end, from a resumed position."""
+    """They run over an epoch's end, from a resumed position."""
     dataset = LatentDataset(data, batch_size=2, seed=42)
     start, stop = 3, 2 * dataset.order.epoch_length
     for rank in range(world):
@@ -166,7 +166,8 @@ def test_loader_workers_change_nothing(data: DataConfig, world: int) -> None:
 
 
 def test_samples_that_one_cache_lacks_are_left_out(caches: Caches, tmp_path: Path) -> None:
-    """Videos that could not be decoded, and files that changed since they were encoded."""
+    """These are videos that could not be decoded, and files that changed since they were
+    encoded."""
     for name in ("vae", "text"):
         shutil.copytree(caches.folder / name, tmp_path / name)
     table = pq.read_table(tmp_path / "vae" / SAMPLES).to_pydict()
@@ -180,7 +181,7 @@ def test_samples_that_one_cache_lacks_are_left_out(caches: Caches, tmp_path: Pat
     assert left == set(caches.latents) - gone
 
 
-def test_a_missing_cache_is_told(caches: Caches, tmp_path: Path) -> None:
+def test_a_missing_cache_is_reported(caches: Caches, tmp_path: Path) -> None:
     text = caches.folder / "text"
     with pytest.raises(ValueError, match=r"nowhere: no such folder"):
         LatentDataset(configure(tmp_path, "nowhere", text), batch_size=1, seed=0)
@@ -215,7 +216,7 @@ def test_a_wrong_byte_is_found(caches: Caches, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def s3_copy(caches: Caches, s3_url: str) -> str:
-    """The bucket that the caches were copied to as they are."""
+    """Returns the bucket that the caches were copied to as they are."""
     objects = {
         f"copy/{path.relative_to(caches.folder)}": path.read_bytes()
         for path in sorted(caches.folder.rglob("*"))
@@ -230,7 +231,7 @@ def s3_copy(caches: Caches, s3_url: str) -> str:
 def test_caches_in_s3_are_the_same(
     data: DataConfig, s3_url: str, s3_copy: str, tmp_path: Path, start_method: str
 ) -> None:
-    """Read here and by the loader's workers, however these start."""
+    """They are read here and by the loader's workers, however these start."""
     vae, text = f"s3://{s3_copy}/copy/vae", f"s3://{s3_copy}/copy/text"
     remote = configure(tmp_path, vae, text, aws_endpoint_url=s3_url)
     here, there = (LatentDataset(d, batch_size=4, seed=7) for d in (data, remote))

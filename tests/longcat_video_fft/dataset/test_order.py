@@ -36,7 +36,7 @@ def build(
 def name_all(
     order: TrainingOrder, positions: range | None = None, samples: dict[str, Bucket] | None = None
 ) -> list[Named]:
-    """Micro-batches with names in place of indices; the first epoch's by default."""
+    """Returns micro-batches with names in place of indices; the first epoch's by default."""
     names = list(SAMPLES if samples is None else samples)
     batches = [order.micro_batch(p) for p in positions or range(order.epoch_length)]
     return [(batch.bucket, tuple(names[i] for i in batch.samples)) for batch in batches]
@@ -61,7 +61,7 @@ def test_each_epoch_holds_every_sample(batch_size: int, repeats: int) -> None:
 
 
 def test_it_is_pure() -> None:
-    """Built again and asked in another order, across epochs, it says the same."""
+    """Built again and asked in another order, across epochs, it gives the same."""
     first, again = build(), build()
     positions = list(range(0, 3 * first.epoch_length, 5))
     asked = [first.micro_batch(p) for p in positions]
@@ -116,7 +116,7 @@ def test_blocks_of_one_bucket() -> None:
 
 
 def test_new_samples_do_not_move_the_old_ones() -> None:
-    """Of a bucket in an epoch, old samples keep their order and new ones come in between."""
+    """In an epoch old samples of a bucket keep their order, and new ones come in between."""
     grown = {f"new/{number}.mp4": SHORT for number in range(40)} | SAMPLES
 
     def line(samples: dict[str, Bucket]) -> list[str]:
@@ -131,14 +131,14 @@ def test_new_samples_do_not_move_the_old_ones() -> None:
 
 
 def test_repeats_lie_apart() -> None:
-    """A copy of a sample is a sample of its own, not the neighbour of the first."""
+    """A copy of a sample is a sample of its own, not the neighbor of the first."""
     order = build(repeats=1, batch_size=1)
     names = [names for _, names in name_all(order)]
     assert sum(one == other for one, other in pairwise(names)) < 10
 
 
 def test_it_is_a_uniform_shuffle() -> None:
-    """Over many epochs a sample's mean place is the middle; neighbours part."""
+    """Over many epochs a sample's mean place is the middle; neighbors part."""
     samples = {f"{number}.mp4": LONG for number in range(64)}
     order = build(samples, batch_size=1)
     places = np.zeros((200, 64))
@@ -164,7 +164,7 @@ def test_hashes_are_pinned() -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["a.mp4", "a.mp4"]])
-def test_refusals(names: list[str]) -> None:
+def test_errors(names: list[str]) -> None:
     with pytest.raises(ValueError, match=r"two samples have one name|no sample to train on"):
         TrainingOrder(names, [LONG] * len(names), batch_size=1, seed=0)
 

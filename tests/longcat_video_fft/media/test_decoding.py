@@ -1,4 +1,4 @@
-"""Frames chosen by time, resized and cut, in the right colours: against painted videos."""
+"""Frames chosen by time, resized and cut, in the right colors: against painted videos."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from longcat_video_fft.media.bad_video import REASONS, BadVideoError
 from longcat_video_fft.media.decoding import decode_sample
 from longcat_video_fft.options.buckets import BucketRule
 
-# Frame n is grey of this value: a frame says which one it is.
-GREYS = [16 + 11 * n for n in range(20)]
+# Frame n is gray of this value: a frame says which one it is.
+GRAYS = [16 + 11 * n for n in range(20)]
 
 
 def rule(
@@ -29,7 +29,7 @@ def rule(
 def encode(
     pictures: list[np.ndarray], *, rate: int = 30, times: list[float] | None = None
 ) -> bytes:
-    """(H, W, 3) uint8 pictures as H.264, tagged BT.709; `times` in seconds."""
+    """Encodes (H, W, 3) uint8 pictures as H.264, tagged BT.709; `times` in seconds."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = cast("Any", container.add_stream("libx264", rate=rate, options={"crf": "4"}))
@@ -49,56 +49,56 @@ def encode(
     return file.getvalue()
 
 
-def grey(number: int, height: int = 64, width: int = 96) -> np.ndarray:
-    return np.full((height, width, 3), GREYS[number], np.uint8)
+def gray(number: int, height: int = 64, width: int = 96) -> np.ndarray:
+    return np.full((height, width, 3), GRAYS[number], np.uint8)
 
 
 def numbers(frames: np.ndarray) -> list[int]:
-    """Which painted frames these are."""
+    """Says which painted frames these are."""
     means = frames.reshape(len(frames), -1).mean(1)
-    return [int(np.abs(np.array(GREYS) - mean).argmin()) for mean in means]
+    return [int(np.abs(np.array(GRAYS) - mean).argmin()) for mean in means]
 
 
 def test_thirty_frames_a_second_give_every_second_one() -> None:
-    sample = decode_sample(encode([grey(n) for n in range(20)]), rule())
+    sample = decode_sample(encode([gray(n) for n in range(20)]), rule())
     assert str(sample.bucket) == "9x32x48"
     assert numbers(sample.frames) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_too_few_for_the_longest_bucket_fill_the_next() -> None:
-    sample = decode_sample(encode([grey(n) for n in range(16)]), rule())
+    sample = decode_sample(encode([gray(n) for n in range(16)]), rule())
     assert str(sample.bucket) == "5x32x48"  # 16 frames at 30 are 8 at 15
     assert numbers(sample.frames) == [0, 2, 4, 6, 8]
     with pytest.raises(BadVideoError, match="gives 4 frames") as error:
-        decode_sample(encode([grey(n) for n in range(8)]), rule())
+        decode_sample(encode([gray(n) for n in range(8)]), rule())
     assert error.value.reason == "too_short"
 
 
 def test_native_rate_takes_all() -> None:
-    sample = decode_sample(encode([grey(n) for n in range(20)]), rule(fps=None))
+    sample = decode_sample(encode([gray(n) for n in range(20)]), rule(fps=None))
     assert numbers(sample.frames) == list(range(9))
 
 
 def test_slow_video_repeats_frames() -> None:
-    sample = decode_sample(encode([grey(n) for n in range(8)], rate=10), rule())
+    sample = decode_sample(encode([gray(n) for n in range(8)], rate=10), rule())
     assert numbers(sample.frames) == [0, 0, 1, 2, 2, 3, 4, 4, 5]  # shown at k / 15 s
 
 
 def test_a_variable_rate_goes_by_time() -> None:
     times = [0, 0.1, 0.11, 0.12, 0.4, 0.5, 0.55]
-    data = encode([grey(n) for n in range(7)], times=times)
+    data = encode([gray(n) for n in range(7)], times=times)
     sample = decode_sample(data, rule(frames=(5,)))
     assert numbers(sample.frames) == [0, 0, 3, 3, 3]  # at 0, .067, .133, .2, .267 s
 
 
 def test_times_rounded_to_milliseconds_lose_no_frame() -> None:
     times = [round(n / 15, 3) for n in range(10)]
-    data = encode([grey(n) for n in range(10)], rate=15, times=times)
+    data = encode([gray(n) for n in range(10)], rate=15, times=times)
     assert numbers(decode_sample(data, rule()).frames) == list(range(9))
 
 
 def test_the_middle_is_cut_out_and_squeezed_without_crop() -> None:
-    """A wide picture of three stripes: cutting keeps the middle one."""
+    """A wide picture has three stripes: cutting keeps the middle one."""
     picture = np.zeros((64, 288, 3), np.uint8)
     picture[:, :96], picture[:, 96:192], picture[:, 192:] = 60, 120, 180
     data = encode([picture] * 12)
@@ -110,18 +110,18 @@ def test_the_middle_is_cut_out_and_squeezed_without_crop() -> None:
     assert np.abs(stripes - [60, 120, 180]).max() < 8
 
 
-@pytest.mark.parametrize("colour", [(200, 30, 40), (30, 180, 60), (40, 60, 200), (250, 250, 10)])
-def test_painted_colours_come_back(colour: tuple[int, int, int]) -> None:
-    picture = np.broadcast_to(np.array(colour, np.uint8), (64, 96, 3)).copy()
+@pytest.mark.parametrize("color", [(200, 30, 40), (30, 180, 60), (40, 60, 200), (250, 250, 10)])
+def test_painted_colors_come_back(color: tuple[int, int, int]) -> None:
+    picture = np.broadcast_to(np.array(color, np.uint8), (64, 96, 3)).copy()
     frames = decode_sample(encode([picture] * 12), rule(frames=(5,))).frames
-    assert np.abs(frames.astype(int) - colour).max() <= 4
+    assert np.abs(frames.astype(int) - color).max() <= 4
 
 
 @pytest.mark.parametrize(("turn", "matrix"), [
     (90, (0, 65536, -65536, 0)), (180, (-65536, 0, 0, -65536)), (270, (0, -65536, 65536, 0)),
 ])  # fmt: skip
 def test_a_rotation_tag_turns_the_picture(turn: int, matrix: tuple[int, ...]) -> None:
-    """Bright at the left as stored: at the top when turned clockwise by 90 degrees."""
+    """It is bright at the left as stored: at the top when turned clockwise by 90 degrees."""
     picture = np.full((64, 96, 3), 40, np.uint8)
     picture[:, :48] = 200
     data = bytearray(encode([picture] * 12))
@@ -159,5 +159,5 @@ def test_a_cut_off_or_scrambled_video_is_named() -> None:
 
 
 def test_the_same_bytes_give_the_same_frames() -> None:
-    data = encode([grey(n) for n in range(20)])
+    data = encode([gray(n) for n in range(20)])
     assert np.array_equal(decode_sample(data, rule()).frames, decode_sample(data, rule()).frames)

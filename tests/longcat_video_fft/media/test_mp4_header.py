@@ -118,7 +118,7 @@ def test_few_reads(options: dict[str, str], muxer: str) -> None:
 
 @pytest.mark.parametrize("padding", [60_000, 65_490, 65_500, 65_510, 65_530])
 def test_header_at_the_edge_of_a_read(padding: int) -> None:
-    """moov, or the header of the next box, is cut by the first read's end."""
+    """The first read's end cuts moov, or the header of the next box."""
     trak = make_trak()
     for media in (MEDIA, box(b"mdat", bytes(500_000))):
         data = make_file(trak, box(b"udta", bytes(padding - len(trak))), rest=media)
@@ -211,7 +211,7 @@ def test_codecs(fourcc: bytes, codec: str) -> None:
 
 
 @pytest.mark.parametrize(("object_type", "codec"), [(0x20, "mpeg4"), (0x61, "mpeg2video")])
-def test_mp4v_is_told_by_its_descriptor(object_type: int, codec: str) -> None:
+def test_mp4v_is_known_by_its_descriptor(object_type: int, codec: str) -> None:
     config = bytes([4, 0x80, 0x80, 0x80, 13, object_type]) + bytes(12)
     esds = box(b"esds", bytes(4) + bytes([3, 0x80, 21, 0, 1, 0]) + config)
     assert read(make_file(make_trak(fourcc=b"mp4v", entry_boxes=esds))).codec == codec
@@ -265,7 +265,7 @@ def test_fragments_by_hand() -> None:
 
 
 def test_too_many_fragments() -> None:
-    """Refused, unless an index or mehd tells how long the file is."""
+    """An error is raised, unless an index or mehd says how long the file is."""
     pair = make_fragment(flags=0, values=(), count=50) + box(b"mdat", bytes(100_000))
     rest = pair * 200  # each lasts a second
     assert error_of(make_file(EMPTY, extends=EXTENDS, rest=rest)).reason == "too_large"
@@ -321,7 +321,7 @@ def test_truncated_anywhere(options: dict[str, str]) -> None:
 
 
 def test_cut_before_the_pictures() -> None:
-    """At the end of a box, so that no box is cut: the chunks' place tells it."""
+    """The cut is at the end of a box, so that no box is cut: the chunks' place reveals it."""
     data = make_video(options=FASTSTART)
     assert error_of(data[: data.index(b"mdat") - 4]).reason == "truncated"
 
@@ -382,7 +382,7 @@ def test_limits() -> None:
     with pytest.raises(HeaderError) as caught:
         read_header(source, len(huge))
     assert caught.value.reason == "too_large"
-    assert sum(source.reads) < 1_000_000  # refused before it is read
+    assert sum(source.reads) < 1_000_000  # an error before it is read
     scattered = box(b"mdat", bytes(300_000)) * 100 + make_file(make_trak())
     assert error_of(scattered).reason == "too_large"
 

@@ -38,7 +38,7 @@ def examples() -> list[bytes]:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one thing changed; mostly in its boxes, since pictures are not read."""
+    """Returns `data` with one thing changed; mostly in its boxes, since pictures are not read."""
     changed = bytearray(data)
     kind = rng.randrange(6)
     present = [name for name in BOXES if name in data]
@@ -64,7 +64,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def check(data: bytes) -> str:
-    """ "good", or the error's reason."""
+    """Returns "good", or the error's reason."""
     source = CountingSource(data)
     start = time.process_time()
     try:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from longcat_video_fft.model import attention
 from longcat_video_fft.model.attention import attend
 from longcat_video_fft.model.attention_kernels import (
     attend_flash4,
+    choose_kernel,
     chosen_backend,
     flash4,
     resolve,
-    use_backend,
 )
+from longcat_video_fft.model.transformer import LongCatVideoTransformer3DModel
 from longcat_video_fft.options.launch import is_installed
 
 needs_flash4 = pytest.mark.skipif(
@@ -30,17 +32,28 @@ def test_a_cpu_leaves_it_to_torch() -> None:
     assert chosen_backend("math", 64, torch.bfloat16, cpu) == "math"
 
 
-def test_flash4_is_in_force_inside_alone() -> None:
-    with use_backend("flash4"):
-        assert attention.kernel is attend_flash4
-        with use_backend("math"):
-            assert attention.kernel is None
-        assert attention.kernel is attend_flash4
-        # float32 and masks are not for it: torch's own do those.
-        q = torch.randn(1, 2, 8, 64)
-        attend(q, q, q)
-        attend(*[q.bfloat16()] * 3, key_mask=torch.ones(1, 8))
-    assert attention.kernel is None
+def test_a_models_kernel_is_its_own() -> None:
+    """Two models run side by side; float32 and masks are left to torch's own kernels."""
+    calls: list[torch.dtype] = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(q.dtype)
+        return attend(q, k, v)
+
+    assert choose_kernel("flash4") is attend_flash4
+    assert choose_kernel("math") is None
+    config: dict[str, Any] = {"hidden_size": 64, "depth": 2, "num_heads": 1, "caption_channels": 32}
+    models: list[Any] = [
+        LongCatVideoTransformer3DModel(**config, adaln_tembed_dim=32) for _ in range(2)
+    ]
+    models[0].set_attention_kernel(kernel)
+    latents, caption, mask = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 8, 32), torch.ones(1, 8)
+    for dtype, number in ((torch.float32, 0), (torch.bfloat16, 2)):
+        for model in models:
+            calls.clear()
+            inputs = (latents.to(dtype), torch.full((1, 2), 500.0), caption.to(dtype))
+            model.to(dtype)(*inputs, mask)
+            assert calls == [dtype] * (number if model is models[0] else 0)
 
 
 @pytest.mark.gpu
@@ -62,7 +75,7 @@ def test_flash4_against_float32(queries: int, keys: int, compiled: bool) -> None
 
 
 def both_ways(function, q, k, v, grad) -> list[torch.Tensor]:  # pyright: ignore
-    """The result and the three gradients."""
+    """Computes the result and the three gradients."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = function(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]

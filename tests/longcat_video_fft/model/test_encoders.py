@@ -42,7 +42,7 @@ def test_pieces_of_any_length_give_diffusers_latents(
 
 
 def test_valid_tokens_are_those_of_the_official_call(tiny: Tiny) -> None:
-    """The official one pads every caption to 512 tokens."""
+    """The official call pads every caption to 512 tokens."""
     captions = ["A red circle moves left.", "", "x" * 700]
     tokenizer = load_tokenizer(tiny.model / "tokenizer")
     encoder = TextEncoder(tiny.model / "text_encoder", tokenizer, CPU)

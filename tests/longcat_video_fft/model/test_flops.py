@@ -44,8 +44,8 @@ def test_the_released_feed_forward_width() -> None:
 
 @pytest.mark.parametrize("num_cond", [0, 1, 2])
 def test_torch_counts_the_same(num_cond: int) -> None:
-    """All but embedders, modulation and final layer, which torch counts and the formula does not:
-    two depths tell the blocks from the rest."""
+    """torch also counts embedders, modulation and final layer, which the formula does not: two
+    depths separate the blocks from the rest."""
     frames, height, width, text = 3, 8, 12, 16
     counted, wanted, modulation = [], [], []
     for depth in (1, 3):

@@ -54,7 +54,7 @@ def noised(batch: Batch, **options: Any) -> Noised:
 
 
 def many(count: int, **options: Any) -> Noised:
-    """`count` samples of one micro-batch, as small as can be."""
+    """Draws `count` samples of one micro-batch, as small as can be."""
     return noised(make_batch(rows=count, frames=6, height=1, width=1), **options)
 
 
@@ -203,7 +203,8 @@ def test_loss_is_the_mean_over_noise_frames() -> None:
 
 
 def test_a_row_depends_on_seed_position_and_row_alone() -> None:
-    """Not on the batch's size, the shape of the mix, earlier calls, or torch's own generator."""
+    """The batch's size, the mix of shapes, earlier calls and torch's own generator change
+    nothing."""
     options = {"image_to_video_probability": 0.4, "continuation_probability": 0.3}
     batch = make_batch(rows=4)
     torch.manual_seed(1)

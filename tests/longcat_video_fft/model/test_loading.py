@@ -46,7 +46,7 @@ def make_model(*, seed: int = 0, device: str = "cpu", **options: Any) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The tiny model's dit/, in one file."""
+    """Returns the tiny model's dit/, in one file."""
     save_transformer(make_model(), tmp_path / "dit", dtype=torch.float32, is_main=True)
     return tmp_path / "dit"
 
@@ -60,7 +60,7 @@ def edit(folder: Path, change: Any) -> None:
 
 
 def in_two_processes(folder: Path) -> None:
-    """Start values; a save in several files; a read of one process's files."""
+    """Checks initial values, a save in several files, and a read of one process's files."""
     engine = make_engine(optimizer="adamw", seed=5)
     state = whole_state(engine)
     if dist.get_rank() == 0:
@@ -179,13 +179,13 @@ def make_zero(tensors: dict[str, Any]) -> None:
         (make_zero, r"blocks\.1\.attn\.qkv\.weight: all its weights are zero"),
     ],
 )
-def test_bad_weights_are_refused(folder: Path, change: Any, message: str) -> None:
+def test_bad_weights_are_errors(folder: Path, change: Any, message: str) -> None:
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
         load_weights(make_model(seed=9), folder, seed=0)
 
 
-def test_bad_folders_are_refused(folder: Path) -> None:
+def test_bad_folders_are_errors(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no \*\.safetensors file.*transformer_init"):
         CheckpointReader(folder.parent)
     path = folder / "diffusion_pytorch_model.safetensors"
@@ -203,8 +203,8 @@ def test_meta_tensors_are_found() -> None:
         verify_loaded(make_model(device="meta"))
 
 
-def test_start_values() -> None:
-    """Glorot's bounds, small last layers, and a model in which every weight learns at once."""
+def test_initial_values() -> None:
+    """Weights have Glorot's bounds and small last layers, and every weight learns at once."""
     model = make_model(hidden_size=64)
     params = dict(model.named_parameters())
     for name, value in params.items():
@@ -228,7 +228,7 @@ def test_start_values() -> None:
     assert all(param.grad is not None and param.grad.any() for param in params.values())
 
 
-def test_start_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_values_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make_model().state_dict()
     monkeypatch.setattr(loading, "DRAW_CHUNK", 100)
     assert differing(make_model().state_dict(), expected) == []

@@ -36,7 +36,7 @@ OFFICIAL_TIMES = {
 
 
 class Exact(LongCatVideoTransformer3DModel):
-    """Knows the clean video, and predicts clean minus noise as the model would; counts inputs."""
+    """A model that knows the clean video and predicts clean minus noise; it counts inputs."""
 
     clean: Tensor
 
@@ -268,7 +268,7 @@ def test_frames_of_each_kind(
         ({"video": pictures(5), "num_frames": 17}, "video has 5 frames, and num_cond_frames=13"),
     ],
 )
-def test_what_cannot_be_made_is_refused(
+def test_what_cannot_be_made_is_an_error(
     pipe: LongCatVideoPipeline, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ ROWS, TOKENS, WIDTH, STEPS = 8, 4, 16, 400
 
 
 def train(video: Tensor, text: Tensor, *, sign: int) -> tuple[Any, list[float]]:
-    """The tiny model after STEPS steps on one video (1, 16, 3, 4, 6), and its losses."""
+    """Returns the tiny model after STEPS steps on one video (1, 16, 3, 4, 6), and its losses."""
     torch.manual_seed(0)
     model = LongCatVideoTransformer3DModel(
         hidden_size=96, depth=2, num_heads=2, caption_channels=WIDTH, adaln_tembed_dim=64,
@@ -64,7 +64,7 @@ def train(video: Tensor, text: Tensor, *, sign: int) -> tuple[Any, list[float]]:
 
 
 def generate(model: Any, text: Tensor) -> Tensor:
-    """Latents (1, 16, 3, 4, 6), by the pipeline with its official scheduler and steps."""
+    """Generates latents (1, 16, 3, 4, 6) by the pipeline with its official scheduler and steps."""
     parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
     pipeline = LongCatVideoPipeline(
         **parts,
@@ -94,7 +94,7 @@ def test_an_overfitted_model_generates_its_video_and_only_with_this_sign() -> No
     errors = {}
     for sign in (1, -1):
         model, losses = train(video, text, sign=sign)
-        # Both learn; the loss alone would not tell them apart.
+        # Both learn; the loss alone would not distinguish them.
         assert sum(losses[-20:]) < 0.3 * sum(losses[:20]), sign
         errors[sign] = float((generate(model, text) - video).norm() / video.norm())
     assert errors[1] < 0.25  # 0.13 was seen

@@ -35,7 +35,7 @@ def model() -> LongCatVideoTransformer3DModel:
 def run(
     model: LongCatVideoTransformer3DModel, *, num_cond: int = 0, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Output and gradients for fixed inputs."""
+    """Computes output and gradients for fixed inputs."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 16, 3, 8, 12, generator=generator)
     text = torch.randn(2, 1, 16, 32, generator=generator)
@@ -81,7 +81,7 @@ def test_recomputed_gradients_are_the_same(
 
 
 def count_calls(model: LongCatVideoTransformer3DModel, mode: str | None) -> tuple[int, int]:
-    """How often a run computes self-attention and the feed-forward's last product."""
+    """Counts how often a run computes self-attention and the feed-forward's last matmul."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls = {"attention": 0, "ffn": 0}
@@ -103,7 +103,8 @@ def count_calls(model: LongCatVideoTransformer3DModel, mode: str | None) -> tupl
 
 
 def test_what_each_mode_computes_again(model: LongCatVideoTransformer3DModel) -> None:
-    """144 tokens; the products w1 and w3 also pass gradients of the counted shape: 2 a block."""
+    """There are 144 tokens; the matmuls w1 and w3 also pass gradients of the counted shape: 2 a
+    block."""
     depth = len(model.blocks)
     counts = {
         mode: count_calls(model, mode) for mode in (None, "selective_ffn", "selective", "full")
@@ -118,7 +119,7 @@ def test_what_each_mode_computes_again(model: LongCatVideoTransformer3DModel) ->
 def test_blocks_compile_to_one_graph(
     model: LongCatVideoTransformer3DModel, mode: str | None
 ) -> None:
-    """fullgraph: a graph break is an error. All blocks share one graph."""
+    """fullgraph makes a graph break an error. All blocks share one graph."""
     from torch._dynamo.utils import counters
 
     mask = torch.ones(2, 16, dtype=torch.bool)
@@ -166,7 +167,8 @@ def test_condition_frames_do_not_see_the_noise(model: LongCatVideoTransformer3DM
 
 
 def test_rotary_angles() -> None:
-    """44 of 128 dimensions for time, 42 each for height and width; position times a power."""
+    """44 of 128 dimensions are for time, 42 each for height and width; an angle is position times
+    power."""
     cos, sin = rotary_tables((2, 3, 4), 128, torch.device("cpu"))
     assert cos.shape == (2, 12, 64)
     angle = torch.atan2(sin[1, 2 * 4 + 3], cos[1, 2 * 4 + 3])  # frame 1, row 2, column 3
@@ -184,7 +186,7 @@ def test_sizes_that_cannot_be() -> None:
 
 
 def test_a_named_backend_is_used(model: LongCatVideoTransformer3DModel) -> None:
-    """ "math" decomposes into plain products; the results agree."""
+    """ "math" decomposes into plain matmuls; the results agree."""
     output, _ = run(model)
     with use_backend("math"):
         plain, _ = run(model)

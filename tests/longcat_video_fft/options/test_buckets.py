@@ -28,7 +28,7 @@ def test_there_are_26_shapes_of_about_one_area() -> None:
 
 @pytest.mark.parametrize("label", SHAPES_480P)
 def test_every_shape_is_reached(label: float) -> None:
-    """By its own label and by a video of that very shape."""
+    """Its own label reaches it, and so does a video of that very shape."""
     height, width = SHAPES_480P[label]
     rule = BucketRule()
     assert rule.choose_shape(label * 1000, 1000) == (height, width)
@@ -109,7 +109,7 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize(("frames", "terabytes"), [(73, 2.6), (93, 3.2)])
 def test_the_whole_caches_size(frames: int, terabytes: float) -> None:
-    """The source document's data set, with captions of 150 tokens on average."""
+    """This is the source document's data set, with captions of 150 tokens on average."""
     found = Survey(
         buckets=Counter({OFFICIAL[frames]: NUM_VIDEOS}),
         num_captions=NUM_VIDEOS,

@@ -1,4 +1,4 @@
-"""training_config.json: keys, types, refusals, the command line, and how soon a mistake is told."""
+"""training_config.json: keys, types, errors, the command line, how soon a mistake is reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_shipped_config_is_the_source_documents() -> None:
 
 
 def test_the_shipped_values_are_the_defaults() -> None:
-    """Whoever deletes a line of the shipped file gets what the line said."""
+    """Whoever deletes a line of the shipped file gets what the line had."""
     shipped = json.loads(SHIPPED.read_text())
     given = {key: value for key, value in shipped.items() if not key.startswith("_")}
     own = {"data_backend_config", "pretrained_model_name_or_path", "validation_prompt"}
@@ -210,17 +210,17 @@ def test_a_mistake_is_one_line_and_soon(
     tmp_path: Path, content: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path, content)
-    words = [sys.executable, "-X", "importtime", "-m", "longcat_video_fft.precompute"]
+    argv = [sys.executable, "-X", "importtime", "-m", "longcat_video_fft.precompute"]
     done = subprocess.run(
-        [*words, "--config", path],
+        [*argv, "--config", path],
         cwd=ROOT, env=launch_env(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = done.stderr.splitlines(keepends=True)
     imported = [line for line in lines if line.startswith("import time:")]
-    told = [line for line in lines if line not in imported]
+    reported = [line for line in lines if line not in imported]
     assert done.returncode == 2, done.stderr
     where = "" if "{folder}" in message else f"{path}: "
-    assert told == [f"error: {where}{message.format(folder=tmp_path)}\n"]
+    assert reported == [f"error: {where}{message.format(folder=tmp_path)}\n"]
     assert done.stdout == ""
     names = {line.rpartition("|")[2].strip() for line in imported}
     assert "longcat_video_fft.options.config" in names

@@ -1,4 +1,4 @@
-"""databackend*.json: what the source's files say, what is refused and why, and that keys stay."""
+"""databackend*.json: what the source's files say, what is unsupported and why, that keys stay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from longcat_video_fft.options.buckets import BucketRule
-from longcat_video_fft.options.data_rules import REFUSED
+from longcat_video_fft.options.data_rules import UNSUPPORTED
 from longcat_video_fft.options.load import load_data_config
 from tests.longcat_video_fft.support.tiny import ROOT
 
@@ -26,7 +26,7 @@ Object = dict[str, Any]
 def load(
     folder: Path, videos: Object | None = None, text: Object | None = None, **video: Any
 ) -> DataConfig:
-    """A sound file with these changes, read; `video`: of the nested object."""
+    """Reads a sound file with these changes; `video` changes the nested object."""
     first = {
         "id": "videos",
         "type": "local",
@@ -41,8 +41,8 @@ def load(
     return load_data_config(path)
 
 
-def refusal(folder: Path, *args: Any, **video: Any) -> str:
-    """The message that `load` ends with, which names the file."""
+def error_of(folder: Path, *args: Any, **video: Any) -> str:
+    """Returns the message that `load` ends with, which names the file."""
     with pytest.raises(ValueError, match=r".") as caught:
         load(folder, *args, **video)
     assert str(caught.value).startswith(f"{folder / 'databackend.json'}: ")
@@ -69,7 +69,7 @@ def test_shipped_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED[:2])
-def test_a_placeholder_is_refused_by_name(name: str) -> None:
+def test_a_placeholder_is_an_error_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: aws_bucket_name still holds the placeholder"):
         load_data_config(FOLDER / name)
 
@@ -84,24 +84,24 @@ def test_a_placeholder_is_refused_by_name(name: str) -> None:
     ],
 )
 def test_the_source_documents_placeholders(tmp_path: Path, key: str, value: str) -> None:
-    message = refusal(tmp_path, {"type": "aws", "aws_bucket_name": "films", key: value})
+    message = error_of(tmp_path, {"type": "aws", "aws_bucket_name": "films", key: value})
     assert f"{key} still holds the placeholder" in message
     assert ("export the key" in message) == ("key" in key)
 
 
-def test_480_with_pixel_area_is_refused_with_both_readings(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {"resolution": 480, "resolution_type": "pixel_area"})
+def test_480_with_pixel_area_is_an_error_with_both_readings(tmp_path: Path) -> None:
+    message = error_of(tmp_path, {"resolution": 480, "resolution_type": "pixel_area"})
     for part in ("pixel_area", "480^2", "230 thousand", "shorter side", '"480p"', "832x480"):
         assert part in message
 
 
 @pytest.mark.parametrize("place", ["videos", "video", "parquet", "text"])
-@pytest.mark.parametrize("key", REFUSED)
-def test_refused_keys_come_with_their_reason(tmp_path: Path, key: str, place: str) -> None:
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_unsupported_keys_come_with_their_reason(tmp_path: Path, key: str, place: str) -> None:
     given = {key: 1}
     videos = given if place == "videos" else {place: given} if place in ("video", "parquet") else {}
-    message = refusal(tmp_path, videos, given if place == "text" else {})
-    assert f"{key} is refused: {REFUSED[key]}." in message
+    message = error_of(tmp_path, videos, given if place == "text" else {})
+    assert f"{key} is not supported: {UNSUPPORTED[key]}." in message
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_refused_keys_come_with_their_reason(tmp_path: Path, key: str, place: st
         ({"aws_endpoint_url": None, "aws_region_name": None}, {}),
         ({"minimum_image_size": 256, "crop": True, "crop_style": "center",
           "crop_aspect": "preserve"}, {}),
-        ({"crop_style": "centre", "crop_aspect": "closest"}, {}),
+        ({"crop_style": "centre", "crop_aspect": "closest"}, {}),  # codespell:ignore centre
         ({"repeats": 3, "preserve_data_backend_cache": True}, {}),
         ({"skip_file_discovery": "vae,aspect, metadata text"}, {}),
         ({"caption_strategy": "filename"}, {}),
@@ -178,8 +178,8 @@ def test_accepted(tmp_path: Path, videos: Object, text: Object) -> None:
     ],
     ids=str,
 )
-def test_refused(tmp_path: Path, videos: Object, parts: list[str]) -> None:
-    message = refusal(tmp_path, videos)
+def test_unsupported(tmp_path: Path, videos: Object, parts: list[str]) -> None:
+    message = error_of(tmp_path, videos)
     for part in parts:
         assert part in message
 
@@ -189,7 +189,7 @@ def test_refused(tmp_path: Path, videos: Object, parts: list[str]) -> None:
     [
         ({"cache_dir": ""}, "cache_dir, the folder for text"),
         ({"type": "aws"}, "text_embeds: type='aws'"),
-        ({"default": False}, "default=false is refused"),
+        ({"default": False}, "default=false is not supported"),
         ({"write_batch_size": 0}, "write_batch_size=0"),
         ({"text_encoder_batch_size": 0}, "text_encoder_batch_size=0"),
         ({"write_batchsize": 2}, "Did you mean 'write_batch_size'"),
@@ -197,20 +197,20 @@ def test_refused(tmp_path: Path, videos: Object, parts: list[str]) -> None:
     ],
     ids=str,
 )
-def test_refused_text_embeds(tmp_path: Path, text: Object, part: str) -> None:
-    assert part in refusal(tmp_path, None, text)
+def test_unsupported_text_embeds(tmp_path: Path, text: Object, part: str) -> None:
+    assert part in error_of(tmp_path, None, text)
 
 
 @pytest.mark.parametrize(
     ("video", "part"),
     [
-        ({"num_frames": 92}, "92 frames are refused: a length is 4n + 1"),
-        ({"num_frames": 97}, "97 frames are refused"),
-        ({"num_frames": 0}, "0 frames are refused"),
-        ({"num_frames": -3}, "-3 frames are refused"),
-        ({"frame_buckets": [93, 72]}, "72 frames are refused"),
-        ({"frame_buckets": [93, "73"]}, "'73' frames are refused"),
-        ({"frame_buckets": [93, None]}, "None frames are refused"),
+        ({"num_frames": 92}, "92 frames are not supported: a length is 4n + 1"),
+        ({"num_frames": 97}, "97 frames are not supported"),
+        ({"num_frames": 0}, "0 frames are not supported"),
+        ({"num_frames": -3}, "-3 frames are not supported"),
+        ({"frame_buckets": [93, 72]}, "72 frames are not supported"),
+        ({"frame_buckets": [93, "73"]}, "'73' frames are not supported"),
+        ({"frame_buckets": [93, None]}, "None frames are not supported"),
         ({"frame_buckets": [73]}, "num_frames=93 must be the longest of frame_buckets=[73]"),
         ({"num_frames": 73, "frame_buckets": [93, 73]}, "num_frames=73 must be the longest"),
         ({"target_fps": "fast"}, "target_fps='fast'"),
@@ -225,8 +225,8 @@ def test_refused_text_embeds(tmp_path: Path, text: Object, part: str) -> None:
     ],
     ids=str,
 )
-def test_refused_lengths_and_rates(tmp_path: Path, video: Object, part: str) -> None:
-    assert part in refusal(tmp_path, **video)
+def test_unsupported_lengths_and_rates(tmp_path: Path, video: Object, part: str) -> None:
+    assert part in error_of(tmp_path, **video)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_shapes_of_ones_own(tmp_path: Path) -> None:
     assert rule.crop is False
 
 
-def test_two_shapes_of_one_ratio_are_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {"resolution": [[32, 48], [64, 96], [48, 48]]})
+def test_two_shapes_of_one_ratio_are_errors(tmp_path: Path) -> None:
+    message = error_of(tmp_path, {"resolution": [[32, 48], [64, 96], [48, 48]]})
     assert "[32, 48]" in message
     assert "[64, 96]" in message
 
@@ -282,7 +282,7 @@ def test_a_key_in_the_file_is_warned_of_and_never_shown(
 
 
 def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {"aws_secret_access_key": [SECRET]})
+    message = error_of(tmp_path, {"aws_secret_access_key": [SECRET]})
     assert "aws_secret_access_key" in message
     assert SECRET not in message
 

@@ -1,7 +1,7 @@
-"""scripts/launch_training.sh and train.sbatch: what they start, with whose words, from anywhere.
+"""scripts/launch_training.sh and train.sbatch: what they start, with what arguments, from anywhere.
 
 `accelerate`, `nvidia-smi`, `scontrol` and `srun` on PATH are programs of the tests that write down
-how they were called; what accelerate itself makes of these words is in test_config_rules.py.
+how they were called; what accelerate itself makes of these arguments is in test_config_rules.py.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Shell:
         }
         return {**kept, "PATH": path, "RECORD": str(self.record), **self.env, **env}
 
-    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.run_script(SCRIPT, *words, **env)
+    def run(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run_script(SCRIPT, *argv, **env)
 
-    def run_script(self, script: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run_script(self, script: Path, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(script), *words], cwd=self.folder, env=self.environment(**env),
+            ["bash", str(script), *argv], cwd=self.folder, env=self.environment(**env),
             capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
 
@@ -74,9 +74,9 @@ class Shell:
         lines = self.record.read_text().splitlines() if self.record.is_file() else []
         return [json.loads(line) for line in lines]
 
-    def started(self, *words: str, **env: str) -> tuple[dict[str, str], list[str]]:
-        """(accelerate's own options, the training's words) of the one launch."""
-        done = self.run(*words, **env)
+    def started(self, *argv: str, **env: str) -> tuple[dict[str, str], list[str]]:
+        """Returns (accelerate's own options, the training's arguments) of the one launch."""
+        done = self.run(*argv, **env)
         assert done.returncode == 0, done.stderr
         ((name, launch, *rest),) = self.calls()
         assert (name, launch) == ("accelerate", "launch")
@@ -96,7 +96,7 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
-def test_without_words_it_starts_the_shipped_config(shell: Shell) -> None:
+def test_without_arguments_it_starts_the_shipped_config(shell: Shell) -> None:
     launch, training = shell.started()
     assert launch == {
         "--config_file": str(FOLDER / "scripts/accelerate_fsdp2.yaml"),
@@ -151,7 +151,7 @@ def test_resume_takes_a_folder_or_latest(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (("--resume", "out/checkpoint-7"),
          "--resume out/checkpoint-7: no such checkpoint (from {cwd}). In out: checkpoint-500 "
@@ -169,10 +169,10 @@ def test_resume_takes_a_folder_or_latest(shell: Shell) -> None:
          "--num_processes 9 is for all machines together and does not divide by their number, 2."),
     ],
 )  # fmt: skip
-def test_mistakes_start_nothing(shell: Shell, words: tuple[str, ...], message: str) -> None:
+def test_mistakes_start_nothing(shell: Shell, argv: tuple[str, ...], message: str) -> None:
     for step in (1000, 500):
         (shell.folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
-    done = shell.run(*words)
+    done = shell.run(*argv)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: " + message.format(cwd=shell.folder)
     assert not shell.calls()
@@ -209,7 +209,7 @@ def test_several_machines_by_slurm(shell: Shell) -> None:
     }  # fmt: skip
 
 
-def test_a_slurm_task_a_gpu_is_refused(shell: Shell) -> None:
+def test_a_slurm_task_a_gpu_is_an_error(shell: Shell) -> None:
     done = shell.run(**{**SLURM, "SLURM_STEP_NUM_TASKS": "8"})
     assert done.returncode == 2
     assert "8 tasks on 2 nodes: start one a node" in done.stderr
@@ -226,8 +226,8 @@ def test_accelerate_of_the_python_where_none_is_on_path(shell: Shell) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    words = shell.calls()[-1]
-    assert words[:4] == ["python", "-m", "accelerate.commands.accelerate_cli", "launch"]
+    argv = shell.calls()[-1]
+    assert argv[:4] == ["python", "-m", "accelerate.commands.accelerate_cli", "launch"]
 
 
 def test_the_launchers_failure_is_the_scripts(shell: Shell) -> None:
@@ -271,7 +271,7 @@ def test_sbatch_starts_a_task_a_node_and_resumes_when_queued_again(shell: Shell)
 
 
 def test_sbatch_saves_before_its_time_is_up_and_queues_again(shell: Shell) -> None:
-    """Its second srun runs pkill here; the training's processes are told by their command line."""
+    """Its second srun runs pkill here; the training's processes are found by their command line."""
     shell.program("scontrol", RECORDER)
     worker = "exec -a longcat-test-python bash worker -u -m longcat_video_fft.train"
     (shell.folder / "worker").write_text(
@@ -293,9 +293,9 @@ def test_sbatch_saves_before_its_time_is_up_and_queues_again(shell: Shell) -> No
     rest, _ = process.communicate(timeout=240)
     assert (rest, process.returncode) == ("saved\n", 0)
     assert shell.calls() == [["scontrol", "requeue", "5"]]
-    words = Path(f"{shell.record}.overlap").read_text().split()
-    assert words[:3] == ["--overlap", "--ntasks-per-node=1", "pkill"]
-    pattern = words[words.index("-f") + 1 :]
+    argv = Path(f"{shell.record}.overlap").read_text().split()
+    assert argv[:3] == ["--overlap", "--ntasks-per-node=1", "pkill"]
+    pattern = argv[argv.index("-f") + 1 :]
     command = "/opt/bin/python -u -m longcat_video_fft.train --config=x"
     launcher = "/opt/bin/python /opt/bin/accelerate launch -m longcat_video_fft.train --config=x"
     grep = ["grep", "-cE", " ".join(pattern)]
@@ -304,7 +304,7 @@ def test_sbatch_saves_before_its_time_is_up_and_queues_again(shell: Shell) -> No
 
 
 def test_a_real_dry_run_from_elsewhere(shell: Shell, planned: Path) -> None:
-    """No accelerate: the plan itself."""
+    """The plan itself runs, without accelerate."""
     done = shell.run("--dry-run", "--config", str(planned), "--num_processes", "2", "seed=5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 GPUs of" in done.stdout

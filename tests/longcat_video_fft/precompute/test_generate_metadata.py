@@ -38,7 +38,7 @@ def name_of(number: int) -> str:
 
 
 def make_objects(number: int) -> dict[str, bytes]:
-    """Videos in three sub-prefixes; in the first of them without captions."""
+    """Makes videos in three sub-prefixes; in the first of them without captions."""
     film = make_video(num_frames=3, size=(32, 32))
     objects = {f"root/{name_of(i)}.mp4": film for i in range(number)}
     return objects | {f"root/{name_of(i)}.txt": b"clip %d" % i for i in range(number) if i % 3}
@@ -46,7 +46,7 @@ def make_objects(number: int) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def small_bucket(s3_url: str) -> str:
-    """The name of a bucket with six videos; read it only."""
+    """Returns the name of a bucket with six videos; read it only."""
     put_objects(s3_url, "films6", make_objects(6))
     return "films6"
 
@@ -80,7 +80,8 @@ class CountingStorage:
 
 @pytest.mark.usefixtures("s3_environment")
 def test_many_videos(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a page of each sub-prefix's listing holds, and than a part of the table."""
+    """There are more than a page of each sub-prefix's listing holds, and than a part of the
+    table."""
     monkeypatch.setattr(s3_storage, "PAGE_KEYS", 15)
     monkeypatch.setattr(metadata, "PART_ROWS", 25)
     put_objects(s3_url, "many-films", make_objects(NUM_VIDEOS))
@@ -107,7 +108,7 @@ def test_many_videos(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(table) == rows
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_large_file_takes_two_reads(s3_url: str, tmp_path: Path) -> None:
     film = make_video(num_frames=24, size=(320, 240), is_noise=True)  # moov is at the end
     assert len(film) > 512 * 1024
@@ -119,7 +120,7 @@ def test_large_file_takes_two_reads(s3_url: str, tmp_path: Path) -> None:
     assert sum(num_bytes for _, num_bytes in storage.ranges) <= 256 * 1024
 
 
-@pytest.mark.usefixtures("s3_client")
+@pytest.mark.usefixtures("s3_environment")
 def test_faults(faulty_proxy: FaultyProxy, small_bucket: str, tmp_path: Path) -> None:
     storage = open_bucket(faulty_proxy.url, small_bucket)
     faulty_proxy.add("list-type", SLOW_DOWN, times=2)
@@ -155,9 +156,9 @@ def test_key_deleted_after_the_listing(s3_url: str, tmp_path: Path) -> None:
     assert f"{name_of(2)}.mp4" not in rows_of(table)
 
 
-def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_script(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / "generate_metadata_parquet.py"), *words],
+        [sys.executable, str(SCRIPTS / "generate_metadata_parquet.py"), *argv],
         cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -166,35 +167,35 @@ def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_script_on_a_bucket(s3_url: str, small_bucket: str, tmp_path: Path) -> None:
     folder = tmp_path / "scripts"
     folder.mkdir()
-    words = ["--region", "us-east-1", "--workers", "32", "--endpoint-url", s3_url]
-    words += ["--prefix", "root/", "--output", "../metadata.parquet"]
-    first = run_script(folder, "--bucket", small_bucket, *words)
+    argv = ["--region", "us-east-1", "--workers", "32", "--endpoint-url", s3_url]
+    argv += ["--prefix", "root/", "--output", "../metadata.parquet"]
+    first = run_script(folder, "--bucket", small_bucket, *argv)
     assert first.returncode == 0, first.stderr
     assert "6 videos, 6 to look at" in first.stderr
     assert "6 rows, 4 without a fault" in first.stderr
     assert "2 missing_caption (no .txt" in first.stderr
     rows = rows_of(tmp_path / "metadata.parquet")
     assert rows[f"{name_of(1)}.mp4"]["caption"] == "clip 1"
-    second = run_script(folder, "--bucket", small_bucket, *words)
+    second = run_script(folder, "--bucket", small_bucket, *argv)
     assert second.returncode == 0, second.stderr
     assert "6 videos, 0 to look at" in second.stderr
     assert rows_of(tmp_path / "metadata.parquet") == rows
 
-    none = run_script(folder, "--bucket", "no-such-bucket", *words)
+    none = run_script(folder, "--bucket", "no-such-bucket", *argv)
     assert none.returncode == 1, none.stderr
     assert "Traceback" not in none.stderr
-    complaints = [line for line in none.stderr.splitlines() if line.startswith("error: ")]
-    assert len(complaints) == 1
-    assert "no-such-bucket" in complaints[0]
-    assert none.stderr.endswith(f"{complaints[0]}\n")
+    errors = [line for line in none.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "no-such-bucket" in errors[0]
+    assert none.stderr.endswith(f"{errors[0]}\n")
 
 
 def test_script_on_a_folder(tmp_path: Path) -> None:
     films = tmp_path / "films" / "sub"
     films.mkdir(parents=True)
     (films / "a.mp4").write_bytes(make_video(num_frames=3))
-    words = ["--folder", str(films.parent), "--output", "out/t.parquet", "--no-captions"]
-    done = run_script(tmp_path, *words)
+    argv = ["--folder", str(films.parent), "--output", "out/t.parquet", "--no-captions"]
+    done = run_script(tmp_path, *argv)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out" / "t.parquet")
     assert (list(rows), rows["sub/a.mp4"]["error"]) == (["sub/a.mp4"], "")

@@ -1,4 +1,4 @@
-"""The table of videos: pairs, what is wrong with a file, going on, and users' own tables."""
+"""The table of videos: pairs, what is wrong with a file, continued runs, and users' own tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIELDS = ("key", "caption_key", "caption_size", "same_name")
 
 
 class CountingStorage:
-    """A folder; notes the keys that are read, and fails as it is told."""
+    """A folder that notes the keys that are read, and fails on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.inner = LocalStorage(folder)
@@ -75,7 +75,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five good videos, with captions of their own."""
+    """Makes five good videos, with captions of their own."""
     for number in range(5):
         put(tmp_path / "films", f"sub{number % 2}/{number}.mp4", video(), b"clip %d" % number)
     return tmp_path / "films"
@@ -102,7 +102,8 @@ def test_pairs(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_which_of_one_name_is_taken() -> None:
-    """By ending, as mp4, m4v, mov, others; by key where only letters' case differs."""
+    """The ending decides, as mp4, m4v, mov, others; then the key, where only letters' case
+    differs."""
     keys = ["x.avi", "x.mp4", "y.mov", "y.M4V", "z.webm", "z.avi", "z.mov", "w.mp4", "w.MP4"]
     pairs = pair_files(StoredObject(key, 1) for key in keys)
     assert {pair.key: pair.same_name for pair in pairs} == {
@@ -152,7 +153,7 @@ def test_errors(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Told by their escaped names; the run goes on, and the next one has nothing to do."""
+    """They are reported by escaped names; the run continues, and the next one has nothing to do."""
     for name in (b"caf\xe9.mp4", b"sub0/\xff\xfe/7.mov", b"sub1/alone\xe9.avi"):
         put(folder, os.fsdecode(name), video(), None if b"alone" in name else b"clip")
     (folder / os.fsdecode(b"unused\xe9.txt")).write_bytes(b"words")
@@ -266,7 +267,7 @@ def test_captions_asked_for_later_or_no_more(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("has_table", [False, True])
-def test_killed_run_goes_on(
+def test_a_killed_run_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_table: bool
 ) -> None:
     monkeypatch.setattr(metadata, "PART_ROWS", 2)
@@ -294,7 +295,7 @@ def test_killed_run_goes_on(
     ]  # fmt: skip
 
 
-def test_refusals(folder: Path, tmp_path: Path) -> None:
+def test_bad_folders_and_tables(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"none: no videos \(\.mp4"):
         build_table(LocalStorage(tmp_path / "none"), tmp_path / "t.parquet")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from data.make_videos import make_videos
-from longcat_video_fft.dataset.cache import open_folder
 from longcat_video_fft.dataset.captions import EMPTY_CAPTION
 from longcat_video_fft.options import hub
 from longcat_video_fft.options.load import load_data_config
@@ -30,6 +29,7 @@ from tests.longcat_video_fft.support.tiny import (
     launch,
     launch_env,
     make_model,
+    open_folder,
     precompute,
     write_configs,
 )
@@ -46,16 +46,16 @@ def both(folder: Path) -> Both:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """Both caches of one process that nobody disturbed."""
+    """Makes both caches in one process that nobody disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert precompute(write_configs(folder, tiny)) == 0
     return both(folder)
 
 
-def message(config: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one message of a run that must fail."""
+def message(config: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Returns the one message of a run that must fail."""
     capsys.readouterr()
-    assert precompute(config, *words) in (1, 2)
+    assert precompute(config, *argv) in (1, 2)
     output = capsys.readouterr().err
     assert "Traceback" not in output
     (found,) = (line for line in output.splitlines() if line.startswith("error: "))
@@ -105,16 +105,16 @@ def test_more_processes_make_the_same(
 @pytest.mark.dist
 def test_accelerate_launches_it(tiny: Tiny, tmp_path: Path, undisturbed: Both) -> None:
     config = write_configs(tmp_path, tiny)
-    words = ["--num_processes=2", "--mixed_precision=bf16", "--main_process_port=0"]
-    words += ["-m", "longcat_video_fft.precompute"]
+    argv = ["--num_processes=2", "--mixed_precision=bf16", "--main_process_port=0"]
+    argv += ["-m", "longcat_video_fft.precompute"]
     python = command(config)[0]
-    done = launch([python, "-m", "accelerate.commands.launch", *words, "--config", str(config)])
+    done = launch([python, "-m", "accelerate.commands.launch", *argv, "--config", str(config)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert both(tmp_path) == undisturbed
 
 
 def kill_and_restart(tiny: Tiny, folder: Path, kills: int, seed: int) -> None:
-    """Starts the command, kills it at a random moment of its work, and so on; then lets it end."""
+    """Starts the command, kills it at a random time of its work, and so on; then lets it end."""
     rng = random.Random(seed)
     config = write_configs(folder, tiny, decode_workers=1)
     for _ in range(kills):
@@ -123,7 +123,7 @@ def kill_and_restart(tiny: Tiny, folder: Path, kills: int, seed: int) -> None:
         ) as process:
             before = sum(path.stat().st_size for path in folder.rglob("*.index"))
             deadline = time.monotonic() + 60
-            # From the first entry on, or somewhere in the start: both are moments.
+            # From the first entry on, or somewhere in the start: both happen.
             while process.poll() is None and time.monotonic() < deadline:
                 now = sum(path.stat().st_size for path in folder.rglob("*.index"))
                 if now > before or rng.random() < 0.002:
@@ -182,14 +182,14 @@ def test_bad_videos_are_named_and_stop_nothing(
     failures = read_failures(tmp_path / "vae")
     assert {reason for reason, _ in failures.values()} == {"damaged"}
     count = len(list((tmp_path / "vae").glob("*.failures")))
-    assert precompute(config) == 0  # what cannot be mended is not tried again
+    assert precompute(config) == 0  # what cannot be fixed is not tried again
     assert len(list((tmp_path / "vae").glob("*.failures"))) == count
     assert is_complete(load_data_config(tmp_path / "databackend.json"))
     assert precompute(config, "--retry_failed") == 0
     assert len(list((tmp_path / "vae").glob("*.failures"))) == count + 1
 
 
-def test_a_cache_of_another_vae_or_rule_is_refused(
+def test_a_cache_of_another_vae_or_rule_is_an_error(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert precompute(write_configs(tmp_path, tiny)) == 0
@@ -200,7 +200,7 @@ def test_a_cache_of_another_vae_or_rule_is_refused(
     assert "vae_sha256 is" in message(config, capsys)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_work(
+def test_a_disk_that_is_too_small_is_an_error_before_work(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -248,7 +248,7 @@ def test_verify_finds_and_repairs(tiny: Tiny, tmp_path: Path, undisturbed: Both)
 def test_videos_in_a_bucket(
     tiny: Tiny, tmp_path: Path, undisturbed: Both, s3_url: str, s3_environment: None
 ) -> None:
-    """The same bytes as from a folder, by boto3 or obstore, over HTTP."""
+    """A bucket gives over HTTP the bytes that a folder gives."""
     objects = {
         f"clips/v1/{path.relative_to(tiny.videos)}": path.read_bytes()
         for path in tiny.videos.rglob("*")
@@ -268,7 +268,7 @@ def test_videos_in_a_bucket(
 
 
 def test_the_parquet_backend(tiny: Tiny, tmp_path: Path, undisturbed: Both) -> None:
-    """From the script's table, with and without a look at what is really there."""
+    """It reads the script's table, with and without a look at what is really there."""
     from longcat_video_fft.scripts.generate_metadata_parquet import main
 
     table = tmp_path / "metadata.parquet"

@@ -20,7 +20,7 @@ INPUTS = {"latents", "text", "text_mask", "timestep"}
 
 
 def compare_dit(path: Path) -> Iterator[tuple[str, float]]:
-    """(tensor name, largest relative error) for every output and gradient of a cases file.
+    """Returns (tensor name, largest relative error) for every output and gradient of a cases file.
 
     A case is a prefix: `t2v.`, `i2v.` (condition frames) or `no_zero_pad.` (the config's flag off).
     """
@@ -45,7 +45,7 @@ def zero_padding(case: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def condition_of(case: str, metadata: dict[str, str]) -> int:
-    """The metadata's `num_cond_latents` reads "i2v: 1"; others have none."""
+    """Reads `num_cond_latents` of the metadata, as "i2v: 1"; others have none."""
     found = re.search(rf"{case}\s*:\s*(\d+)", metadata.get("num_cond_latents", ""))
     return int(found.group(1)) if found else 0
 
@@ -63,7 +63,7 @@ def run_case(
     *,
     num_cond_latents: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The output, and the gradients of mean(output^2) that the file holds."""
+    """Computes the output, and the gradients of mean(output^2) that the file holds."""
     latents = cases["latents"].clone().requires_grad_()
     output = model(
         latents,
@@ -91,7 +91,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest entry."""
+    """Returns the largest difference over the largest entry."""
     if value.shape != wanted.shape:
         raise ValueError(f"shape {tuple(value.shape)} instead of {tuple(wanted.shape)}")
     return ((value - wanted).abs().max() / wanted.abs().max()).item()

@@ -17,7 +17,7 @@ FASTSTART = {"movflags": "faststart"}
 
 
 class CountingSource:
-    """`read_range` over bytes."""
+    """Counts the calls of `read_range` over bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -47,7 +47,8 @@ def make_video(
     has_audio: bool = False,
     is_noise: bool = False,
 ) -> bytes:
-    """`times`: presentation times in milliseconds, for a variable rate. Noise makes big files."""
+    """Makes a video; `times` are presentation times in milliseconds, for a variable rate. Noise
+    makes big files."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:  # faststart reads its own file again
         path = Path(folder) / "video"
@@ -82,7 +83,7 @@ def make_video(
 
 
 def ask_pyav(data: bytes) -> dict[str, Any]:
-    """The same as VideoHeader, as far as decoding tells it."""
+    """Returns a VideoHeader, as far as decoding shows it."""
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size]
@@ -107,7 +108,7 @@ def box(kind: bytes, contents: bytes) -> bytes:
 
 
 def table(kind: bytes, *values: int) -> bytes:
-    """A full box of version 0 that holds 32-bit numbers."""
+    """Makes a full box of version 0 that holds 32-bit numbers."""
     return box(kind, bytes(4) + struct.pack(f">{len(values)}I", *values))
 
 
@@ -124,7 +125,7 @@ def make_trak(
     chunks: bytes = b"",
     entry_boxes: bytes = b"",
 ) -> bytes:
-    """A track written by hand; `stts` is the box's numbers, its count of entries first."""
+    """Makes a track by hand; `stts` is the box's numbers, its count of entries first."""
     times = ">4xII" if version == 0 else ">4xQQ"
     head = bytes([version]) + struct.pack(times, 0, 0)[1:]
     units = struct.pack(">I" if version == 0 else ">Q", 400)

@@ -27,7 +27,8 @@ def add_dit(model: Path, **options: Any) -> None:
 
 
 def write_planned(folder: Path, tiny: Tiny, **training: Any) -> Path:
-    """A config whose model is a copy of the tiny one, with dit/; results go below `folder`."""
+    """Writes a config whose model is a copy of the tiny one, with dit/; results go below
+    `folder`."""
     model = folder / "model"
     shutil.copytree(tiny.model, model)
     add_dit(model)

@@ -1,4 +1,4 @@
-"""An S3 server on this machine (moto), and a proxy before it that spoils the answers it is told to.
+"""An S3 server on this machine (moto), and a proxy before it that spoils the chosen answers.
 
 with start_moto() as url, FaultyProxy(url) as proxy:
     proxy.add("videos/a.mp4", Fault(status=503, code="SlowDown"), times=2)
@@ -39,7 +39,8 @@ HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "server", "date"
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens to an answer; the request reaches the server only where no `status` is given.
+    """A fault says what happens to an answer; the request reaches the server only where no `status`
+    is given.
 
     Attributes:
         status, code: an answer of S3's kind in place of the real one.
@@ -49,7 +50,7 @@ class Fault:
         after_bytes: of the body, then follows what is below; None: all of it.
         pause_s: waited there.
         meanwhile: done there, after the pause.
-        then: "go_on", "cut" (the connection closes as if all were sent) or "reset".
+        then: "continue", "cut" (the connection closes as if all were sent) or "reset".
     """
 
     status: int | None = None
@@ -60,7 +61,7 @@ class Fault:
     after_bytes: int | None = None
     pause_s: float = 0.0
     meanwhile: Callable[[], object] = lambda: None
-    then: str = "go_on"
+    then: str = "continue"
 
 
 SLOW_DOWN = Fault(status=503, code="SlowDown")
@@ -86,7 +87,8 @@ class FaultyProxy:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def add(self, key_substring: str, fault: Fault, *, times: int = 1) -> None:
-        """For the next `times` requests whose path or query contains `key_substring`."""
+        """Adds a fault for the next `times` requests whose path or query contains
+        `key_substring`."""
         with self._lock:
             self._faults.append([key_substring, fault, times])
 
@@ -94,7 +96,7 @@ class FaultyProxy:
         return sum(key_substring in request.path for request in self.requests)
 
     def take(self, request: SeenRequest) -> Fault:
-        """Note the request, and use up one fault that is meant for it."""
+        """Notes the request, and uses up one fault that is meant for it."""
         with self._lock:
             self.requests.append(request)
             for entry in self._faults:
@@ -119,7 +121,7 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultyProxy
 
     def handle_error(self, *_: object) -> None:
-        """Nothing: that clients hang up is what is tested."""
+        """Ignores the error: that clients hang up is what is tested."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -137,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             status, headers = fault.status, {"Content-Type": "application/xml"}
             body = (
-                f"<Error><Code>{fault.code}</Code><Message>told to</Message>{fault.extra}</Error>"
+                f"<Error><Code>{fault.code}</Code><Message>as asked</Message>{fault.extra}</Error>"
             ).encode()
         self.send_response(status)
         for name, value in {**headers, **fault.headers, "Content-Length": len(body)}.items():
@@ -147,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:sent])
         proxy.stopping.wait(fault.pause_s)
         fault.meanwhile()
-        if fault.then == "go_on":
+        if fault.then == "continue":
             self.wfile.write(body[sent:])
             return
         if fault.then == "reset":
@@ -173,17 +175,17 @@ class _Handler(BaseHTTPRequestHandler):
         return response.status, kept, body
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 def _num_unreceived(connection: socket.socket) -> int:
-    """Bytes that were sent and that the other side's system does not have yet."""
+    """Returns the bytes that were sent and that the other side's system does not have yet."""
     return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
 
 
 @contextmanager
 def start_moto() -> Iterator[str]:
-    """The address of an S3 server with nothing in it."""
+    """Returns the address of an S3 server with nothing in it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -195,7 +197,7 @@ def start_moto() -> Iterator[str]:
 
 
 def connect(url: str) -> Any:
-    """A boto3 client for a test's own use, whatever the environment says."""
+    """Makes a boto3 client for a test's own use, whatever the environment says."""
     return boto3.client(
         "s3",
         endpoint_url=url,
@@ -207,7 +209,7 @@ def connect(url: str) -> Any:
 
 
 def put_objects(url: str, bucket: str, objects: Mapping[str, bytes]) -> None:
-    """Make the bucket, if it is not there, and put the objects in it."""
+    """Makes the bucket, if it is not there, and puts the objects in it."""
     client = connect(url)
     client.create_bucket(Bucket=bucket)
     with ThreadPoolExecutor(8) as pool:
@@ -220,7 +222,7 @@ def put_objects(url: str, bucket: str, objects: Mapping[str, bytes]) -> None:
 
 
 def set_environment(patch: pytest.MonkeyPatch) -> None:
-    """Credentials in the environment that moto takes, and nothing of this machine's own."""
+    """Sets credentials in the environment that moto takes, and nothing of this machine's own."""
     for name in list(os.environ):
         if name.upper().startswith("AWS_") or name.upper() in ("HTTP_PROXY", "ALL_PROXY"):
             patch.delenv(name)

@@ -21,18 +21,18 @@ SIZES: dict[str, Any] = {
 
 
 def make_engine(**options: Any) -> Engine:
-    """On the CPU, with start values; options of TrainConfig."""
+    """Makes an engine on the CPU, with initial values; options of TrainConfig."""
     config = TrainConfig(**{"learning_rate": 1e-2, "mixed_precision": "no", **options})
     with torch.device("meta"):
         model = LongCatVideoTransformer3DModel(**SIZES)
     return Engine(
         model, config, torch.device("cpu"),
-        fill=lambda m: load_weights(m, None, seed=config.seed, init="random"),
+        load_weights=lambda m: load_weights(m, None, seed=config.seed, init="random"),
     )  # fmt: skip
 
 
 def train_steps(engine: Engine, first: int, last: int) -> None:
-    """Steps first + 1 .. last, each of one sample a process that depends on step and rank."""
+    """Takes steps first + 1 .. last, each of one sample a process that depends on step and rank."""
     for step in range(first, last):
         inputs = make_inputs(1000 * step + dist.get_rank())
         engine.backward(engine.module(*inputs).square().mean())
@@ -47,7 +47,7 @@ def make_inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def state_tensors(engine: Engine) -> dict[str, Any]:
-    """Weights, optimizer states and averages by name."""
+    """Returns weights, optimizer states and averages by name."""
     found: dict[str, Any] = {}
     for name, param in engine.module.named_parameters():
         found[name] = param
@@ -59,12 +59,12 @@ def state_tensors(engine: Engine) -> dict[str, Any]:
 
 
 def own_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Clones of this process's parts."""
+    """Returns clones of this process's parts."""
     return {name: local(v).detach().clone() for name, v in state_tensors(engine).items()}
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Gathered, as float32: gloo sends no float8."""
+    """Gathers the state as float32: gloo sends no float8."""
     values = {name: v.detach().float() for name, v in state_tensors(engine).items()}
     return {
         name: v.full_tensor() if isinstance(v, DTensor) else v.clone() for name, v in values.items()
@@ -72,7 +72,7 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    """Names whose bits, dtypes or presence differ."""
+    """Returns the names whose bits, dtypes or presence differ."""
     return [
         name
         for name in {**ours, **theirs}

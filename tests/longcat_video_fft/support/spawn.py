@@ -27,7 +27,7 @@ def spawn(function: Callable[..., None], *args: Any, processes: int = 2) -> None
 
 
 def join_alone() -> None:
-    """A process group of this process only, unless there is a group."""
+    """Makes a process group of this process only, unless there is a group."""
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -41,7 +41,7 @@ def make_tiny(folder: Path) -> Tiny:
 
 
 def make_model(folder: Path, *, seed: int = 0) -> None:
-    """The released layout with random weights; the tokenizer knows bytes."""
+    """Makes the released layout with random weights; the tokenizer knows bytes."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     vae.save_pretrained(folder / "vae")
@@ -52,7 +52,7 @@ def make_model(folder: Path, *, seed: int = 0) -> None:
 
 
 def make_transformer(folder: Path, **options: Any) -> None:
-    """Random weights of the released layout; every parameter counts."""
+    """Makes random weights of the released layout; every parameter counts."""
     config = {
         "hidden_size": 64, "depth": 2, "num_heads": 2, "caption_channels": 32,
         "adaln_tembed_dim": 32, "frequency_embedding_size": 64, "text_tokens_zero_pad": True,
@@ -64,7 +64,7 @@ def make_transformer(folder: Path, **options: Any) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes, with an end mark as UMT5's has."""
+    """Makes a tokenizer of bytes, with an end mark as UMT5's has."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -88,7 +88,7 @@ def write_configs(
     text: dict[str, Any] | None = None,
     **training: Any,
 ) -> Path:
-    """A training_config.json and its databackend.json in `folder`; caches go below it."""
+    """Writes a training_config.json and its databackend.json in `folder`; caches go below it."""
     data = {
         "id": "videos",
         "type": "local",
@@ -112,16 +112,16 @@ def write_configs(
     return path
 
 
-def precompute(config: Path, *words: str) -> int:
-    """The command's main in this process."""
+def precompute(config: Path, *argv: str) -> int:
+    """Runs the command's main in this process."""
     from longcat_video_fft.precompute.__main__ import main
 
-    return main(["--config", str(config), *words])
+    return main(["--config", str(config), *argv])
 
 
-def command(config: Path, *words: str, processes: int = 1) -> list[str]:
-    """The command, under torchrun where there are several processes."""
-    module = ["-m", "longcat_video_fft.precompute", "--config", str(config), *words]
+def command(config: Path, *argv: str, processes: int = 1) -> list[str]:
+    """Returns the command, under torchrun where there are several processes."""
+    module = ["-m", "longcat_video_fft.precompute", "--config", str(config), *argv]
     if processes == 1:
         return [sys.executable, *module]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
@@ -133,17 +133,25 @@ def launch_env(**env: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **env}
 
 
-def launch(words: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def launch(argv: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end."""
     return subprocess.run(
-        words, cwd=ROOT, env=launch_env(), capture_output=True, text=True, timeout=timeout,
+        argv, cwd=ROOT, env=launch_env(), capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
 
 
+def open_folder(folder: Path) -> Any:
+    """Opens the cache in a folder."""
+    from longcat_video_fft.dataset.cache import TensorCache
+    from longcat_video_fft.storage.storage import LocalStorage
+
+    return TensorCache(LocalStorage(folder))
+
+
 def contents(folder: Path) -> dict[str, tuple[str, str, int, bytes]]:
-    """Every tensor of a cache by its id: bucket, dtype, version and bytes."""
-    from longcat_video_fft.dataset.cache import open_folder, to_bytes
+    """Returns every tensor of a cache by its id: bucket, dtype, version and bytes."""
+    from longcat_video_fft.dataset.cache import to_bytes
 
     cache = open_folder(folder)
     assert all(len(entries) == 1 for entries in cache.entries.values())

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.shapes import COLOURS, DIRECTIONS, SHAPES, scene_of
+from data.shapes import COLORS, DIRECTIONS, SHAPES, scene_of
+from longcat_video_fft.model.loading import build_transformer
 from longcat_video_fft.model.text_encoder import TextEncoder, load_tokenizer
 from longcat_video_fft.tools import make_model
-from longcat_video_fft.train import build_transformer
 from tests.demos.longcat_video_fft import small_vae
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, caption in enumerate(CAPTIONS):
         (folder / "captions" / "sub" / f"{number}.txt").write_text(caption)
     small_vae.save(small_vae.build_vae(4, 1), folder / "vae")
-    words = ["--size", "small", "--captions", str(folder / "captions")]
-    assert make_model.main([str(folder / "model"), *words, "--vae", str(folder / "vae")]) == 0
+    argv = ["--size", "small", "--captions", str(folder / "captions")]
+    assert make_model.main([str(folder / "model"), *argv, "--vae", str(folder / "vae")]) == 0
     return folder / "model"
 
 
@@ -42,9 +42,9 @@ def test_the_layout(model: Path) -> None:
     assert transformer.config["text_tokens_zero_pad"] is True
 
 
-def test_a_usual_word_is_one_token_and_any_text_can_be_told(model: Path) -> None:
+def test_a_usual_word_is_one_token_and_any_text_is_distinct(model: Path) -> None:
     tokenizer = load_tokenizer(model / "tokenizer")
-    for word in [*COLOURS, *SHAPES, *list(DIRECTIONS)[:4]]:
+    for word in [*COLORS, *SHAPES, *list(DIRECTIONS)[:4]]:
         assert len(tokenizer(f"a {word}")["input_ids"]) == 3, word  # a, the word, the end
     assert max(len(tokenizer(text)["input_ids"]) for text in CAPTIONS) <= 16
     odd = "Grüße 猫"
@@ -90,7 +90,7 @@ def test_the_released_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--captions", "."], "vae is needed with --size small"),
         (["--captions", ".", "--vae", "nowhere"], "vae=nowhere: has no config.json"),
@@ -98,8 +98,8 @@ def test_the_released_shape(tmp_path: Path) -> None:
     ],
 )
 def test_messages(
-    model: Path, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word.format(vae=model / "vae") for word in words]
-    assert make_model.main([str(tmp_path / "m"), "--size", "small", *words]) == 1
+    argv = [argument.format(vae=model / "vae") for argument in argv]
+    assert make_model.main([str(tmp_path / "m"), "--size", "small", *argv]) == 1
     assert message in capsys.readouterr().err

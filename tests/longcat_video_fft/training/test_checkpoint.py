@@ -53,7 +53,8 @@ def make_checkpointer(engine: Any, folder: Path, keep_last: int | None = None) -
 
 
 def resume_in_processes(folder: Path) -> None:
-    """6 steps = 3 + resume 3; and the state at step 3 for other numbers of processes."""
+    """Checks that 6 steps = 3 + resume 3, and the state at step 3 for other numbers of
+    processes."""
     for optimizer in OPTIMIZERS:
         output_dir = folder / optimizer
         options: dict[str, Any] = {"optimizer": optimizer, "ema_decay": 0.9}
@@ -78,7 +79,7 @@ def resume_in_processes(folder: Path) -> None:
 
 
 def load_in_processes(folder: Path) -> None:
-    """What one process wrote."""
+    """Loads what one process wrote."""
     engine = make_engine(ema_decay=0.9, seed=8)
     assert load_checkpoint(engine, folder / "checkpoint-5", SIZES) == 5
     expected = torch.load(folder / "gathered.pt")
@@ -146,7 +147,7 @@ def test_an_error_of_one_process_is_every_ones(tmp_path: Path) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Also while the folder gets another name, which os.walk does not mind."""
+    """Looks also while the folder gets another name, which os.walk does not mind."""
     return any(name.endswith(".distcp") for _, _, names in os.walk(folder) for name in names)
 
 
@@ -179,7 +180,7 @@ def test_a_kill_leaves_a_good_checkpoint(tmp_path: Path) -> None:
 
 
 def fill_disk(folder: Path) -> None:
-    """On a disk that holds one checkpoint, not two."""
+    """Saves on a disk that holds one checkpoint, not two."""
     join_alone()
     engine = make_engine()
     train_steps(engine, 0, 1)
@@ -201,7 +202,7 @@ def fill_disk(folder: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    """A real one: a small file system in memory, seen by one program."""
+    """The disk is a real one: a small file system in memory, seen by one program."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=64m tmpfs {disk}"
@@ -219,7 +220,7 @@ def test_full_disk(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Checkpoints of steps 1 and 2."""
+    """Writes checkpoints of steps 1 and 2."""
     join_alone()
     engine = make_engine()
     checkpointer = make_checkpointer(engine, tmp_path)
@@ -270,7 +271,7 @@ def test_changed_bytes_are_an_error(saved: Path) -> None:
         load_checkpoint(make_engine(), saved / "checkpoint-2", SIZES)
 
 
-def test_another_run_is_refused_by_what_differs(saved: Path) -> None:
+def test_another_run_is_an_error_by_what_differs(saved: Path) -> None:
     folder = saved / "checkpoint-2"
     with pytest.raises(ValueError, match=r"transformer\.depth is 2 there, but 3 in this run"):
         load_checkpoint(make_engine(), folder, {**SIZES, "depth": 3})

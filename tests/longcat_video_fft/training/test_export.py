@@ -31,7 +31,7 @@ from tests.longcat_video_fft.support.tiny import ROOT, make_model
 
 TOKENS = 16
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-WORDS = ["--prompt", "a cat", "--height", "32", "--width", "48", "--num-frames", "5",
+PROMPT = ["--prompt", "a cat", "--height", "32", "--width", "48", "--num-frames", "5",
          "--num-inference-steps", "2"]  # fmt: skip
 # The README's snippet, with a tiny model's numbers.
 SNIPPET = """
@@ -66,7 +66,7 @@ def make_transformer(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that a training begins from."""
+    """Returns the model that a training begins from."""
     folder = tmp_path_factory.mktemp("base")
     make_model(folder)
     save_transformer(make_transformer(1), folder / "dit", dtype=torch.float32, is_main=True)
@@ -81,7 +81,7 @@ def make_config(base: Path, **values: Any) -> TrainConfig:
 
 
 def write(base: Path, folder: Path, *, layout: str = "both", **values: Any) -> Any:
-    """An export of a new transformer, which is returned."""
+    """Writes an export of a new transformer, which is returned."""
     module = make_transformer()
     work.write_export(
         module, make_config(base), folder, base, layout=layout, is_main=True,
@@ -98,15 +98,16 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_alone(folder: Path, dtype: str, tmp_path: Path) -> np.ndarray:
-    """Frames (T, H, W, 3) of the snippet, from a process with nothing of this repository."""
+    """Returns frames (T, H, W, 3) of the snippet, from a process with nothing of this
+    repository."""
     (tmp_path / "snippet.py").write_text(SNIPPET)
-    words = [sys.executable, "snippet.py", str(folder), dtype]
+    argv = [sys.executable, "snippet.py", str(folder), dtype]
     env = {
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
-        words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+        argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Expected types" not in done.stderr
@@ -178,10 +179,10 @@ def test_an_export_is_a_model_to_train_or_export_from(exported: Path, tmp_path: 
 def test_a_copy_is_made_where_links_cannot_be(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def deny(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", deny)
     work.copy_folder(base / "vae", tmp_path / "vae")
     assert (tmp_path / "vae" / WEIGHTS).read_bytes() == (base / "vae" / WEIGHTS).read_bytes()
     assert not (tmp_path / "vae" / WEIGHTS).samefile(base / "vae" / WEIGHTS)
@@ -218,7 +219,7 @@ def test_generate_from_both_layouts(base: Path, exported: Path, tmp_path: Path) 
     made = []
     for number, folder in enumerate((exported, exported, tmp_path / "official")):
         path = tmp_path / f"{number}.mp4"
-        assert generate.main(["--model", str(folder), "--output", str(path), *WORDS]) == 0
+        assert generate.main(["--model", str(folder), "--output", str(path), *PROMPT]) == 0
         made.append(read_frames(path, (32, 48)))
     assert made[0].shape == (5, 32, 48, 3)
     np.testing.assert_array_equal(made[0], made[1])
@@ -230,7 +231,7 @@ def test_generate_from_an_image_and_a_video(exported: Path, tmp_path: Path) -> N
     red[..., 0] = 200
     Image.fromarray(red[0]).save(tmp_path / "red.png")
     write_mp4(tmp_path / "red.mp4", red)
-    out = ["--model", str(exported), "--output", str(tmp_path / "out.mp4"), *WORDS]
+    out = ["--model", str(exported), "--output", str(tmp_path / "out.mp4"), *PROMPT]
     assert generate.main([*out, "--image", str(tmp_path / "red.png")]) == 0
     assert video_shape(tmp_path / "out.mp4") == (32, 48)
     video = ["--video", str(tmp_path / "red.mp4"), "--num-cond-frames", "5", "--num-frames", "9"]
@@ -239,12 +240,13 @@ def test_generate_from_an_image_and_a_video(exported: Path, tmp_path: Path) -> N
 
 
 def train_and_save(base: str, out: str) -> None:
-    """A sharded model with averages of its own: a checkpoint, and OUT as training leaves it."""
+    """Saves a sharded model with averages of its own: a checkpoint, and OUT as training leaves
+    it."""
     config = make_config(Path(base), output_dir=out, optimizer="adamw", ema_decay=0.9)
     with torch.device("meta"):
         model = make_transformer()
-    fill = partial(load_weights, folder=Path(base) / "dit", seed=0)
-    engine = Engine(model, config, torch.device("cpu"), fill=fill)
+    load = partial(load_weights, folder=Path(base) / "dit", seed=0)
+    engine = Engine(model, config, torch.device("cpu"), load_weights=load)
     assert engine.ema is not None
     for average in engine.ema.averages.values():
         local(average).mul_(0.5)
@@ -268,11 +270,11 @@ def test_export_of_two_devices_and_of_their_checkpoint(
         "data_backend_config": str(tmp_path / "databackend.json"),
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(options))
-    words = ["--config", str(tmp_path / "config.json"), "--checkpoint"]
+    argv = ["--config", str(tmp_path / "config.json"), "--checkpoint"]
     for number, flags in enumerate(([], ["--ema"])):
         made = tmp_path / f"made{number}"
         # As a user runs it: as a module that is `__main__`.
-        command = [sys.executable, "-m", "longcat_video_fft.export", *words, "latest"]
+        command = [sys.executable, "-m", "longcat_video_fft.export", *argv, "latest"]
         subprocess.run([*command, "--output", str(made), *flags], check=True, cwd=ROOT)
         code = Path("transformer") / f"{work.MODULE}.py"
         assert (made / code).read_bytes() == (out / code).read_bytes()
@@ -282,12 +284,12 @@ def test_export_of_two_devices_and_of_their_checkpoint(
     averages = (tmp_path / "made1" / "transformer" / WEIGHTS).read_bytes()
     assert (out / "transformer" / WEIGHTS).read_bytes() == averages  # training's end takes them
     assert load_pipeline(out).scheduler.config.shift == 7
-    assert export.main([*words, "nowhere/checkpoint-1", "--output", str(tmp_path / "no")]) == 1
+    assert export.main([*argv, "nowhere/checkpoint-1", "--output", str(tmp_path / "no")]) == 1
     assert "not a finished checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--model", "nowhere"], "vae, text_encoder, tokenizer is missing"),
         (["--output", "cat.gif"], "must end in .mp4"),
@@ -300,7 +302,7 @@ def test_export_of_two_devices_and_of_their_checkpoint(
     ],
 )
 def test_generate_says_what_is_wrong(
-    exported: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    exported: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
-    assert generate.main(["--model", str(exported), "--output", "x.mp4", *WORDS, *words]) == 1
+    assert generate.main(["--model", str(exported), "--output", "x.mp4", *PROMPT, *argv]) == 1
     assert message in capsys.readouterr().err

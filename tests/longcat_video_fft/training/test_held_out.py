@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """13 samples, each with a caption of its own."""
+    """Makes 13 samples, each with a caption of its own."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("caches")
     latents = [
@@ -75,7 +75,7 @@ def build_engine(**options: Any) -> Engine:
         model,
         config,
         torch.device("cpu"),
-        fill=lambda m: load_weights(m, None, seed=3, init="random"),
+        load_weights=lambda m: load_weights(m, None, seed=3, init="random"),
     )
 
 
@@ -167,7 +167,7 @@ def test_without_held_out_samples(data: DataConfig) -> None:
 
 
 def test_it_changes_nothing_but_with_the_weights(data: DataConfig) -> None:
-    """Asked again it says the same; the training goes on as if it had not been asked."""
+    """Asked again it gives the same; the training continues as if it had not been asked."""
     join_alone()
     dataset, plain, asked = open_dataset(data, 3), build_engine(), build_engine()
     before = held_out_loss(asked, dataset, asked.config)
@@ -192,7 +192,7 @@ def take_step(engine: Engine) -> None:
 
 
 def test_two_processes_say_the_same(data: DataConfig) -> None:
-    """5 and 15 forwards: one process has a repeat, which does not count."""
+    """They make 5 and 15 forwards: one process has a repeat, which does not count."""
     join_alone()
     engine = build_engine()
     expected = {

@@ -67,7 +67,8 @@ def test_gradients_are_equal_and_memory_is_less(offloaded: int) -> None:
 
 
 def run(offloaded: int) -> tuple[list[torch.Tensor], int]:
-    """Gradients of three steps with two micro-batches each, and the memory that the last took."""
+    """Returns gradients of three steps with two micro-batches each, and the memory that the last
+    took."""
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.manual_seed(0)

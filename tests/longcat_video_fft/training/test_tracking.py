@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from longcat_video_fft.options.config import TrainConfig
-from longcat_video_fft.training.tracker import Tracker, make_strip
+from longcat_video_fft.training.tracker import Tracker
+from longcat_video_fft.training.video_log import log_video, make_strip
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def track(folder: Path, *, is_main: bool = True, start_step: int = 0, **values: Any) -> Tracker:
-    config = TrainConfig(logging_dir=str(folder / "logs"), **{"report_to": "none", **values})
-    return Tracker(config, folder / "out", is_main=is_main, start_step=start_step)
+def track(folder: Path, report_to: str = "none", **options: Any) -> Tracker:
+    options = {"is_main": True, "project": "p", "name": "n", **options}
+    return Tracker(report_to, folder / "out", tensorboard_dir=folder / "logs", **options)
 
 
 def test_a_resumed_run_drops_torn_and_repeated_lines(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_resumed_run_drops_torn_and_repeated_lines(tmp_path: Path) -> None:
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     tracker = track(tmp_path, is_main=False, report_to="tensorboard")
     tracker.log({"train/loss": 0.5}, step=1)
-    tracker.log_video("validation/0", tmp_path, np.zeros((2, 4, 4, 3), np.uint8), step=1)
+    log_video(tracker, "validation/0", tmp_path, np.zeros((2, 4, 4, 3), np.uint8), step=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -42,9 +42,8 @@ def test_tensorboard_has_metrics_and_a_strip_of_the_video(tmp_path: Path) -> Non
     tracker = track(tmp_path, report_to="tensorboard")
     tracker.log({"train/loss": 0.25}, step=7)
     frames = np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(16, 2)
-    tracker.log_video(
-        "validation/0", tmp_path / "0.mp4", frames.repeat(3, 3), step=7, caption="a cat"
-    )
+    video = frames.repeat(3, 3)
+    log_video(tracker, "validation/0", tmp_path / "0.mp4", video, step=7, caption="a cat")
     tracker.close()
     read = events.EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(7, 0.25)]

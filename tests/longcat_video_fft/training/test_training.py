@@ -43,24 +43,24 @@ OPTIONS: dict[str, Any] = {
 
 
 def configure(tiny: Tiny, folder: Path, **options: Any) -> Path:
-    """A config whose outputs go below `folder`."""
+    """Writes a config whose outputs go below `folder`."""
     out: dict[str, Any] = {
         "output_dir": str(folder / "out"), "logging_dir": str(folder / "logs"),
     }  # fmt: skip
     return write_configs(folder, tiny, **OPTIONS | out | options)
 
 
-def train_command(config: Path, *words: str, processes: int = 2) -> list[str]:
-    """The documented command; without the yaml accelerate starts one process on the CPU."""
+def train_command(config: Path, *argv: str, processes: int = 2) -> list[str]:
+    """Returns the documented command; without the yaml accelerate starts one process on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(ROOT / "longcat_video_fft" / "scripts/accelerate_fsdp2.yaml")]
     launcher += [f"--num_processes={processes}", "--mixed_precision=no"]
     port = ["--main_process_port=0"] if processes > 1 else []
-    return [*launcher, *port, "-m", "longcat_video_fft.train", "--config", str(config), *words]
+    return [*launcher, *port, "-m", "longcat_video_fft.train", "--config", str(config), *argv]
 
 
-def run(config: Path, *words: str, processes: int = 2) -> str:
-    done = launch(train_command(config, *words, processes=processes), timeout=400)
+def run(config: Path, *argv: str, processes: int = 2) -> str:
+    done = launch(train_command(config, *argv, processes=processes), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -72,7 +72,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def state_of(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors, flat, whole."""
+    """Returns a checkpoint's tensors, flat and whole."""
     merged = tmp_path / f"{checkpoint.parent.parent.name}.pt"
     dcp_to_torch_save(checkpoint / "state", merged)
     flat: dict[str, Any] = {}
@@ -90,14 +90,14 @@ def state_of(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Six steps from videos alone: (folder, what was logged)."""
+    """Trains six steps from videos alone; returns (folder, what was logged)."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(configure(tiny, folder))
 
 
 @pytest.fixture
 def again(tiny: Tiny, whole: tuple[Path, str], tmp_path: Path) -> Path:
-    """A folder with the caches of `whole` and its checkpoint of step 3."""
+    """Returns a folder with the caches of `whole` and its checkpoint of step 3."""
     for name in ("vae", "text"):
         shutil.copytree(whole[0] / name, tmp_path / name)
     shutil.copytree(whole[0] / "out" / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
@@ -145,10 +145,10 @@ def test_three_and_three_steps_are_six(
     ],
     ids=["one process", "context parallel", "recomputing and offload", "replicas"],
 )
-def test_other_layouts_go_on_alike(
+def test_other_layouts_resume_alike(
     tiny: Tiny, whole: tuple[Path, str], again: Path, processes: int, options: dict[str, Any]
 ) -> None:
-    """From the checkpoint of two processes, on another layout, the same global batches."""
+    """Another layout has the same global batches from the checkpoint of two processes on."""
     config = configure(tiny, again, **options)
     run(config, "--resume_from_checkpoint", "latest", processes=processes)
     wanted = [losses(whole[0])[step] for step in (4, 5, 6)]
@@ -164,7 +164,7 @@ def test_low_precision_trains(tiny: Tiny, again: Path, optimizer: str) -> None:
     assert second == pytest.approx(first, rel=0.5)
 
 
-def test_a_sigterm_saves_and_the_run_goes_on(
+def test_a_sigterm_saves_and_the_run_resumes(
     tiny: Tiny, whole: tuple[Path, str], again: Path
 ) -> None:
     config = configure(
@@ -208,11 +208,11 @@ def test_caches_in_s3(
     assert losses(tmp_path)[1] == pytest.approx(losses(whole[0])[1], rel=1e-5)
 
 
-def main_error(config: Path, *words: str) -> str:
-    """What the command says when it fails."""
+def main_error(config: Path, *argv: str) -> str:
+    """Returns the message of the command when it fails."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
-        assert main(["--config", str(config), *words]) != 0
+        assert main(["--config", str(config), *argv]) != 0
     return stderr.getvalue()
 
 

@@ -22,8 +22,8 @@ from longcat_video_fft.options.load import read_configs
 from longcat_video_fft.training import validation
 from longcat_video_fft.training.distributed import is_main_process
 from longcat_video_fft.training.parallel import Engine
-from longcat_video_fft.training.tracker import Tracker
 from longcat_video_fft.training.validation import EMBEDDINGS, Validation, read_prompts
+from longcat_video_fft.training.video_log import open_tracker
 from tests.longcat_video_fft.support.spawn import join_alone, spawn
 from tests.longcat_video_fft.support.tiny import Tiny, precompute, write_configs
 
@@ -55,7 +55,7 @@ def _lossless() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config_path(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run whose caches are there."""
+    """Returns the config of a run whose caches are there."""
     folder = tmp_path_factory.mktemp("run")
     path = write_configs(folder, tiny, logging_dir=str(folder / "logs"), **OPTIONS)
     (folder / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "", PROMPTS[2]]) + "\n")
@@ -84,25 +84,25 @@ def build_engine(config: TrainConfig) -> Engine:
         model,
         config,
         torch.device("cpu"),
-        fill=lambda m: load_weights(m, None, seed=3, init="random"),
+        load_weights=lambda m: load_weights(m, None, seed=3, init="random"),
     )
 
 
 def validate(config_path: Path, out: Path, **options: Any) -> dict[str, float]:
-    """One validation of a new engine; rank 0 writes its metrics to OUT/metrics.json."""
+    """Runs one validation of a new engine; rank 0 writes its metrics to OUT/metrics.json."""
     join_alone()
     config, dataset = open_run(config_path, **options)
     run = Validation(config, dataset, out)
     engine = build_engine(config)
     before = weights(engine)
-    tracker = Tracker(config, out, is_main=is_main_process())
+    tracker = open_tracker(config, out)
     engine.module.train()
     metrics = run.run(engine, 7, tracker)
     tracker.close()
     assert engine.module.training
     for name, value in weights(engine).items():
         assert torch.equal(value, before[name]), f"{name} has changed"
-    # The sharded module goes on to train.
+    # The sharded module continues to train.
     batch = dataset[0]
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     prediction = engine.module(
@@ -158,7 +158,7 @@ def test_a_video_a_prompt_with_metrics_and_pictures(config_path: Path, alone: Pa
 def test_two_processes_make_the_videos_of_one(
     config_path: Path, alone: Path, tmp_path: Path, context: int
 ) -> None:
-    """3 videos on 2 devices: one repeats; with context parallelism both work on each."""
+    """2 devices share 3 videos: one repeats; with context parallelism both work on each."""
     spawn(validate_in_group, str(config_path), str(tmp_path), context)
     for one, two in zip(videos(alone), videos(tmp_path), strict=True):
         difference = np.abs(one - two)
@@ -184,7 +184,7 @@ def test_averaged_weights_make_the_videos(config_path: Path, alone: Path, tmp_pa
     with torch.no_grad():  # the weights are lost, their averages are those of `alone`
         for param in engine.module.parameters():
             local(param).zero_()
-    run.run(engine, 7, Tracker(config, tmp_path, is_main=True))
+    run.run(engine, 7, open_tracker(config, tmp_path))
     for average, own in zip(videos(tmp_path), videos(alone), strict=True):
         assert np.abs(average - own).max() <= 2
     assert all(local(p).abs().max() == 0 for p in engine.module.parameters())
@@ -242,7 +242,7 @@ def test_embeddings_are_those_of_the_pipeline_and_made_once(
     assert {path.name for path in tmp_path.iterdir()} == {EMBEDDINGS}
 
 
-def test_a_prompt_that_the_model_cannot_take_is_refused(config_path: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_the_model_cannot_take_is_an_error(config_path: Path, tmp_path: Path) -> None:
     join_alone()
     config, dataset = open_run(config_path, validation_prompt="word " * 40)
     with pytest.raises(ValueError, match=r"of 200 tokens .* max_text_tokens=96"):

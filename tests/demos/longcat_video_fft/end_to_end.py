@@ -1,10 +1,10 @@
 """A whole training from nothing on made videos, stage by stage; demo.py and small_result.py use it.
 
-    data -> vae -> model -> cache -> train -> export -> judge
+    data -> vae -> model -> cache -> train -> export -> evaluate
 
 Every stage runs the folder's own commands inside one folder OUT and is then marked as done in
-OUT/stages.json, so that the same command goes on where it was stopped. The folder's config files
-are copied to OUT; their relative paths are meant from there.
+OUT/stages.json, so that the same command continues where it was stopped. The folder's config files
+are copied to OUT; their relative paths count from there.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PYTHON = sys.executable
 
 
 class OutOfTimeError(RuntimeError):
-    """The next stage would not fit; the same command goes on with it."""
+    """The next stage would not fit; the same command continues with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What one trial is made of."""
+class EndToEndRun:
+    """The settings of one end-to-end run."""
 
     out: Path
     configs: Path  # training_config.json and databackend.json
@@ -46,7 +46,7 @@ class Trial:
     width: int
     height: int
     num_frames: int
-    vae_words: tuple[str, ...]  # options of train_vae.py
+    vae_argv: tuple[str, ...]  # options of train_vae.py
     cache_processes: int  # they share one GPU
     launcher: tuple[str, ...]  # before `-m longcat_video_fft.train`
     started: float = field(default_factory=time.monotonic)
@@ -57,40 +57,40 @@ class Trial:
     def seconds_left(self) -> float:
         return self.seconds - (time.monotonic() - self.started)
 
-    def stages(self) -> dict[str, Callable[[Trial], None]]:
-        """In their order, without the judge's."""
+    def stages(self) -> dict[str, Callable[[EndToEndRun], None]]:
+        """Returns the stages in their order, without the evaluation."""
         return {
             "data": make_data, "vae": train_vae, "model": make_model, "cache": make_cache,
             "train": train, "export": export,
         }  # fmt: skip
 
 
-def run_stage(trial: Trial, name: str, work: Callable[[Trial], None]) -> None:
+def run_stage(e2e: EndToEndRun, name: str, work: Callable[[EndToEndRun], None]) -> None:
     """Runs a stage unless it is done.
 
     Raises:
         OutOfTimeError: this call's time is up.
         SystemExit: one of its commands failed.
     """
-    stages = read_stages(trial.out)
+    stages = read_stages(e2e.out)
     before = stages.setdefault(name, {"seconds": 0.0, "is_done": False})
     if before["is_done"]:
         say(f"== {name}: done before, in {before['seconds']:.0f} s\n")
         return
-    if trial.seconds_left <= 0:
+    if e2e.seconds_left <= 0:
         raise OutOfTimeError(f"no time is left for the stage {name}")
     say(f"\n== {name}\n")
     started = time.monotonic()
     try:
-        work(trial)
+        work(e2e)
         before["is_done"] = True
     finally:
         before["seconds"] += time.monotonic() - started
-        write_stages(trial.out, stages)
+        write_stages(e2e.out, stages)
 
 
 def reopen_stages(out: Path, *names: str) -> None:
-    """These stages are done again, or go on; their seconds add up."""
+    """Opens these stages to be done again, or continued; their seconds add up."""
     stages = read_stages(out)
     for name in set(names) & set(stages):
         stages[name]["is_done"] = False
@@ -98,7 +98,7 @@ def reopen_stages(out: Path, *names: str) -> None:
 
 
 def read_stages(out: Path) -> dict[str, dict[str, Any]]:
-    """By the name of a stage that was begun: seconds so far, is_done."""
+    """Returns seconds so far and is_done, by the name of a stage that was begun."""
     path = out / STAGES
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -111,41 +111,41 @@ def write_stages(out: Path, stages: dict[str, dict[str, Any]]) -> None:
     (out / STAGES).write_text(json.dumps(stages, indent=2) + "\n")
 
 
-def make_data(trial: Trial) -> None:
-    """Videos of shapes with captions; those of HELD_OUT show other combinations."""
-    for split, count in ((TRAIN, trial.num_videos), (HELD_OUT, trial.num_held_out)):
-        run(
-            trial, "data.make_videos", split, "--count", count, "--split", split,
-            "--width", trial.width, "--height", trial.height,
-            "--seconds", f"{trial.num_frames / 15:.4f}", "--workers", os.cpu_count() or 1,
+def make_data(e2e: EndToEndRun) -> None:
+    """Makes videos of shapes with captions; those of HELD_OUT show other combinations."""
+    for split, count in ((TRAIN, e2e.num_videos), (HELD_OUT, e2e.num_held_out)):
+        run_command(
+            e2e, "data.make_videos", split, "--count", count, "--split", split,
+            "--width", e2e.width, "--height", e2e.height,
+            "--seconds", f"{e2e.num_frames / 15:.4f}", "--workers", os.cpu_count() or 1,
         )  # fmt: skip
     for name in ("training_config.json", "databackend.json"):
-        shutil.copyfile(trial.configs / name, trial.out / name)
+        shutil.copyfile(e2e.configs / name, e2e.out / name)
 
 
-def train_vae(trial: Trial) -> None:
-    """Goes on with the one that is there, if the stage was opened again."""
-    before = ("--start-from", "vae") if (trial.out / "vae").is_dir() else ()
-    run(
-        trial, "tests.demos.longcat_video_fft.train_vae", TRAIN, "vae",
-        "--num-frames", trial.num_frames, *trial.vae_words, *before,
+def train_vae(e2e: EndToEndRun) -> None:
+    """Trains the VAE; continues the one that is there, if the stage was opened again."""
+    before = ("--start-from", "vae") if (e2e.out / "vae").is_dir() else ()
+    run_command(
+        e2e, "tests.demos.longcat_video_fft.train_vae", TRAIN, "vae",
+        "--num-frames", e2e.num_frames, *e2e.vae_argv, *before,
     )  # fmt: skip
 
 
-def make_model(trial: Trial) -> None:
-    run(
-        trial, "longcat_video_fft.tools.make_model", "model",
-        "--size", trial.size, "--captions", TRAIN, "--vae", "vae",
+def make_model(e2e: EndToEndRun) -> None:
+    run_command(
+        e2e, "longcat_video_fft.tools.make_model", "model",
+        "--size", e2e.size, "--captions", TRAIN, "--vae", "vae",
     )  # fmt: skip
 
 
-def make_cache(trial: Trial) -> None:
-    """Several processes on one GPU: one could not fill it, since each video is small."""
-    count = trial.cache_processes
-    words = command("longcat_video_fft.precompute", "--config", "training_config.json")
+def make_cache(e2e: EndToEndRun) -> None:
+    """Makes the cache by several processes on one GPU: each video is too small to use it alone."""
+    count = e2e.cache_processes
     if count == 1:
-        return run(trial, "longcat_video_fft.precompute", "--config", "training_config.json")
-    say(f"$ {shown(words)}    ({count} processes on one GPU)\n")
+        return run_command(e2e, "longcat_video_fft.precompute", "--config", "training_config.json")
+    argv = command("longcat_video_fft.precompute", "--config", "training_config.json")
+    say(f"$ {shown(argv)}    ({count} processes on one GPU)\n")
     port = free_port()
     processes = []
     for rank in range(count):
@@ -153,25 +153,25 @@ def make_cache(trial: Trial) -> None:
             RANK=rank, WORLD_SIZE=count, LOCAL_RANK=0, LOCAL_WORLD_SIZE=count,
             MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )  # fmt: skip
-        processes.append(subprocess.Popen(words, cwd=trial.out, env=env))
+        processes.append(subprocess.Popen(argv, cwd=e2e.out, env=env))
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit(f"the cache: a process failed, exit statuses {codes}")
     return None
 
 
-def train(trial: Trial) -> None:
-    """To the config's last step, or as long as this call's time allows: a SIGTERM makes a
+def train(e2e: EndToEndRun) -> None:
+    """Trains to the config's last step, or as long as this call's time allows: a SIGTERM makes a
     checkpoint, which is exported."""
-    words = [
-        PYTHON, *trial.launcher, "-m", "longcat_video_fft.train",
+    argv = [
+        PYTHON, *e2e.launcher, "-m", "longcat_video_fft.train",
         "--config", "training_config.json", "--resume_from_checkpoint", "latest",
     ]  # fmt: skip
-    say(f"$ {shown(words)}\n")
-    seconds = trial.seconds_left - trial.reserve
+    say(f"$ {shown(argv)}\n")
+    seconds = e2e.seconds_left - e2e.reserve
     if seconds <= 0:
         raise OutOfTimeError("no time is left for the training")
-    process = subprocess.Popen(words, cwd=trial.out, env=environment())
+    process = subprocess.Popen(argv, cwd=e2e.out, env=environment())
     try:
         code = process.wait(seconds if seconds < 1e9 else None)
     except subprocess.TimeoutExpired:
@@ -182,34 +182,34 @@ def train(trial: Trial) -> None:
         raise SystemExit(f"the training failed with exit status {code}")
 
 
-def export(trial: Trial) -> None:
-    """The averaged weights of the newest checkpoint."""
-    run(
-        trial, "longcat_video_fft.export", "--checkpoint", "latest",
+def export(e2e: EndToEndRun) -> None:
+    """Exports the averaged weights of the newest checkpoint."""
+    run_command(
+        e2e, "longcat_video_fft.export", "--checkpoint", "latest",
         "--config", "training_config.json", "--output", "export", "--ema",
     )  # fmt: skip
 
 
-def run(trial: Trial, module: str, *words: object) -> None:
+def run_command(e2e: EndToEndRun, module: str, *argv: object) -> None:
     """Runs one command inside OUT, with its output shown.
 
     Raises:
         SystemExit: it failed.
     """
-    line = command(module, *words)
+    line = command(module, *argv)
     say(f"$ {shown(line)}\n")
-    code = subprocess.run(line, cwd=trial.out, env=environment(), check=False).returncode
+    code = subprocess.run(line, cwd=e2e.out, env=environment(), check=False).returncode
     if code:
         raise SystemExit(f"{module}: failed with exit status {code}")
 
 
-def command(module: str, *words: object) -> list[str]:
-    return [PYTHON, "-m", module, *map(str, words)]
+def command(module: str, *argv: object) -> list[str]:
+    return [PYTHON, "-m", module, *map(str, argv)]
 
 
 def environment(**more: object) -> dict[str, str]:
-    """One thread an operator, unless told otherwise: two on two cores that others use too wait for
-    each other, up to ten times as long."""
+    """Returns the environment with one thread an operator, unless it names a number: two on two
+    cores that others use too wait for each other, up to ten times as long."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {
         "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
@@ -217,9 +217,9 @@ def environment(**more: object) -> dict[str, str]:
     }  # fmt: skip
 
 
-def shown(words: list[str]) -> str:
-    """A command as one would type it."""
-    line = " ".join(["python" if word == PYTHON else word for word in words])
+def shown(argv: list[str]) -> str:
+    """Formats a command as one would type it."""
+    line = " ".join(["python" if part == PYTHON else part for part in argv])
     return line.replace("python -m accelerate.commands.accelerate_cli", "accelerate")
 
 

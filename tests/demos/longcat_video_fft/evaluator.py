@@ -1,4 +1,4 @@
-"""What a trial's model makes of prompts with combinations that no training video shows.
+"""Evaluates what a model makes of prompts with combinations that no training video shows.
 
     captions of HELD_OUT -> videos -> OUT/generated/*.mp4 -> data.read_videos -> shares right
                                    -> grid.png
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.demos.longcat_video_fft.trial import HELD_OUT, command, environment, say, shown
+from tests.demos.longcat_video_fft.end_to_end import HELD_OUT, command, environment, say, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.demos.longcat_video_fft.trial import Trial
+    from tests.demos.longcat_video_fft.end_to_end import EndToEndRun
 
 BATCH = 50
 GRID_FRAMES = 5
@@ -30,45 +30,53 @@ GAP = 2  # pixels between frames
 LETTER_WIDTH, LINE_HEIGHT = 6, 13
 
 
-def read_prompts(trial: Trial) -> dict[str, str]:
-    """By name, in the names' order."""
-    paths = sorted((trial.out / HELD_OUT).rglob("*.txt"))
+def read_prompts(e2e: EndToEndRun) -> dict[str, str]:
+    """Returns the prompts by name, in the names' order."""
+    paths = sorted((e2e.out / HELD_OUT).rglob("*.txt"))
     return {path.stem: path.read_text("utf-8") for path in paths}
 
 
-def load(trial: Trial) -> Any:
-    """The exported pipeline, on the GPU where there is one."""
+def load(e2e: EndToEndRun) -> Any:
+    """Loads the exported pipeline, on the GPU where there is one."""
     import torch
 
     from longcat_video_fft.generate import load_pipeline
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else None
-    pipe = load_pipeline(trial.out / "export", dtype=dtype).to(device)
+    pipe = load_pipeline(e2e.out / "export", dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def generate_videos(
-    pipe: Any, trial: Trial, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0
+    pipe: Any,
+    e2e: EndToEndRun,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
 ) -> np.ndarray:
-    """(N, T, H, W, 3) uint8, by the pipeline's own call."""
+    """Generates (N, T, H, W, 3) uint8 by the pipeline's own call."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(prompts), BATCH):
         frames = pipe(
-            list(prompts[start : start + BATCH]), "", height=trial.height, width=trial.width,
-            num_frames=trial.num_frames, num_inference_steps=steps, guidance_scale=guidance,
+            list(prompts[start : start + BATCH]), "", height=e2e.height, width=e2e.width,
+            num_frames=e2e.num_frames, num_inference_steps=steps, guidance_scale=guidance,
             generator=generator, output_type="np",
         ).frames  # fmt: skip
         parts.append((frames * 255 + 0.5).astype(np.uint8))
     return np.concatenate(parts)
 
 
-def judge(trial: Trial, folder: str, names: Sequence[str], videos: np.ndarray) -> dict[str, Any]:
-    """Writes OUT/`folder`/NAME.mp4 and OUT/`folder`.jsonl; returns what data.read_videos says.
+def evaluate(
+    e2e: EndToEndRun, folder: str, names: Sequence[str], videos: np.ndarray
+) -> dict[str, Any]:
+    """Writes OUT/`folder`/NAME.mp4 and OUT/`folder`.jsonl; returns what data.read_videos finds.
 
     Raises:
         SystemExit: it failed.
@@ -76,11 +84,11 @@ def judge(trial: Trial, folder: str, names: Sequence[str], videos: np.ndarray) -
     from longcat_video_fft.media.video_file import write_mp4
 
     for name, video in zip(names, videos, strict=True):
-        write_mp4(trial.out / folder / f"{name}.mp4", video)
-    words = command("data.read_videos", folder, HELD_OUT, "--readings", f"{folder}.jsonl")
-    say(f"$ {shown(words)}\n")
+        write_mp4(e2e.out / folder / f"{name}.mp4", video)
+    argv = command("data.read_videos", folder, HELD_OUT, "--readings", f"{folder}.jsonl")
+    say(f"$ {shown(argv)}\n")
     done = subprocess.run(
-        words, cwd=trial.out, env=environment(), stdout=subprocess.PIPE, text=True, check=False
+        argv, cwd=e2e.out, env=environment(), stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"data.read_videos: failed with exit status {done.returncode}")
@@ -88,7 +96,7 @@ def judge(trial: Trial, folder: str, names: Sequence[str], videos: np.ndarray) -
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The shares in one line."""
+    """Formats the shares in one line."""
     parts = [
         f"{name} {share:.0%} (another prompt's {result['against_another_caption'][name]:.0%}, "
         f"chance {result['chance'][name]:.1%})"
@@ -98,7 +106,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def draw_grid(path: Path, prompts: Sequence[str], videos: np.ndarray, *, columns: int = 2) -> None:
-    """A PNG: each prompt over some frames of its video, first to last."""
+    """Draws a PNG: each prompt over some frames of its video, first to last."""
     from PIL import Image, ImageDraw
 
     _, num_frames, height, width, _ = videos.shape
