@@ -1,6 +1,6 @@
-"""Global statistics that normalise the filter bank's frames, and the Kaldi file they are in.
+"""Keeps global statistics that normalize the filter bank's frames, and reads their Kaldi file.
 
-Used by fbank.py. The released model has them as audio/global_cmvn, which the official code reads
+fbank.py uses them. The released model has them as audio/global_cmvn, which the official code reads
 with kaldiio (data/audio_feature.py of meituan-longcat/LongCat-Flash-Omni).
 
 D values a frame.
@@ -28,17 +28,17 @@ KALDI_TYPES = {b"FM ": "<f4", b"DM ": "<f8"}
 
 @dataclass(frozen=True, eq=False)
 class Cmvn:
-    """Global mean and scale of each value of a frame, (D,) float32 each."""
+    """Holds the global mean and scale of each value of a frame, (D,) float32 each."""
 
     mean: Tensor
     scale: Tensor
 
     @classmethod
     def from_stats(cls, stats: Tensor, *, source: str = CMVN_NAME) -> Cmvn:
-        """From (2, D+1): sums and the number of frames; sums of squares and a value not used.
+        """Make it from (2, D+1): sums and the number of frames; sums of squares, a value not used.
 
-        In the type of `stats`, as officially: the model learned with the rounding of its own file.
-        Raises ValueError naming `source`.
+        Computes in the type of `stats`, as officially: the model learned with the rounding of its
+        own file. Raises ValueError naming `source`.
         """
         if stats.ndim != 2 or len(stats) != 2 or stats.shape[1] < 2:
             raise ValueError(
@@ -59,9 +59,9 @@ class Cmvn:
 
 
 def read_kaldi_matrix(path: Path) -> Tensor:
-    """(rows, columns) of a Kaldi matrix file, binary (float or double) or text.
+    """Read (rows, columns) from a Kaldi matrix file, binary (float or double) or text.
 
-    Text comes as float32, as kaldiio reads it. Raises FileNotFoundError, or ValueError naming the
+    Text becomes float32, as kaldiio reads it. Raises FileNotFoundError, or ValueError naming the
     file.
     """
     content = path.read_bytes()
@@ -79,7 +79,7 @@ def read_kaldi_matrix(path: Path) -> Tensor:
 
 
 def write_kaldi_matrix(path: Path, matrix: Tensor) -> None:
-    """A binary matrix of doubles."""
+    """Write a binary matrix of doubles."""
     header = KALDI_HEADER.pack(b"\0B", b"DM ", 4, matrix.shape[0], 4, matrix.shape[1])
     path.write_bytes(header + matrix.cpu().double().numpy().astype("<f8").tobytes())
 

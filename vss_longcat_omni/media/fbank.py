@@ -1,7 +1,7 @@
-"""A 16 kHz waveform -> what the audio encoder hears: 1200 values every 80 ms.
+"""Turns a 16 kHz waveform into what the audio encoder takes: 1200 values every 80 ms.
 
 Second step of the sound in (audio.py -> here -> model/audio_encoder.py): log mel energies, deltas,
-normalisation by the model's statistics, and every 8th frame joined with its neighbours. Order of
+normalization by the model's statistics, and every 8th frame joined with its neighbors. Order of
 operations and precision follow data/audio_feature.py of meituan-longcat/LongCat-Flash-Omni. Each
 clip is computed by itself, so nothing depends on the batch.
 
@@ -13,20 +13,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchaudio.compliance import kaldi
 
 from vss_longcat_omni.media.cmvn import (
     CMVN_NAME,
-    FLOAT32_EPS,
     Cmvn,
     read_kaldi_matrix,
     write_kaldi_matrix,
@@ -40,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "preprocessor_config.json"
 SAMPLE_SCALE = 32768  # the statistics are those of 16-bit samples
-WINDOW_POWER = 0.85  # Kaldi's "povey" window
 
 
 def option(section: str, default: Any) -> Any:
@@ -59,10 +56,10 @@ def check_type(entry: dataclasses.Field[Any], value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FbankConfig:
-    """The keys of the released audio/preprocessor_config.json, its sections joined.
+    """Has the keys of the released audio/preprocessor_config.json, its sections joined.
 
-    Defaults: what the project's sources tell of the released file (rate, 25/10 ms, 80 bins, 0.97,
-    stride 8, 1200 values a token); frequency limits, deltas and neighbours are not published, so
+    Defaults: what the project's sources say of the released file (rate, 25/10 ms, 80 bins, 0.97,
+    stride 8, 1200 values a token); frequency limits, deltas and neighbors are not published, so
     these are Kaldi's usual ones for models made here. Raises ValueError for a value that cannot
     work.
     """
@@ -78,7 +75,7 @@ class FbankConfig:
     dither: float = option("fbank", 0.0)  # noise added to 16-bit samples
     delta_order: int = option("delta", 0)
     window_size: int = option("delta", 2)  # frames on each side
-    left: int = option("splice", 7)  # neighbours that join a frame
+    left: int = option("splice", 7)  # neighbors that join a frame
     right: int = option("splice", 7)
     stride: int = option("splice", 8)
     random_start: bool = option("splice", False)
@@ -92,7 +89,9 @@ class FbankConfig:
             "freq": (self.freq in (8000, 16000), "must be 16000 or 8000"),
             "frame_length": (self.num_window_samples >= 2, "must cover two samples or more"),
             "frame_shift": (self.num_shift_samples >= 1, "must cover a sample or more"),
-            "num_mel_bins": (self.num_mel_bins >= 1, "must be 1 or more"),
+            "preemphasis": (0 <= self.preemphasis <= 1, "must be from 0 to 1"),
+            "num_mel_bins": (self.num_mel_bins >= 4, "must be 4 or more"),
+            "dither": (self.dither >= 0, "must be 0 or more"),
             "padded_num_mel_bins": (self.num_bins >= self.num_mel_bins, "is under num_mel_bins"),
             "low_freq": (low >= 0, "must be 0 or more"),
             # The official code takes 0 as 0 Hz, which gives filters of nothing.
@@ -111,14 +110,14 @@ class FbankConfig:
                 raise ValueError(f"{CONFIG_NAME}: {name}={getattr(self, name)!r} {message}")
         if self.random_start:
             logger.warning(
-                "%s: random_start=true is not followed: it shifts the frames anew at each reading, "
+                "%s: random_start=true is not followed: it shifts the frames at each reading, "
                 "but features are made once; every clip begins at its first frame",
                 CONFIG_NAME,
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FbankConfig:
-        """From the sections `fbank`, `delta` and `splice`; other keys are ignored, as officially.
+        """Read the sections `fbank`, `delta` and `splice`; ignore other keys, as officially.
 
         Raises ValueError naming every missing key.
         """
@@ -138,7 +137,7 @@ class FbankConfig:
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official sections, as they are written to preprocessor_config.json."""
+        """Return the official sections, as they are written to preprocessor_config.json."""
         sections: dict[str, Any] = {"cmvn": {"global_cmvn": CMVN_NAME}}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -148,36 +147,32 @@ class FbankConfig:
 
     @property
     def num_window_samples(self) -> int:
-        return int(self.freq * self.frame_length / 1000)
+        return int(self.freq * self.frame_length * 0.001)  # rounded as torchaudio does
 
     @property
     def num_shift_samples(self) -> int:
-        return int(self.freq * self.frame_shift / 1000)
-
-    @property
-    def fft_size(self) -> int:
-        return 2 ** (self.num_window_samples - 1).bit_length()
+        return int(self.freq * self.frame_shift * 0.001)
 
     @property
     def mel_limits(self) -> tuple[float, float]:
-        """Lowest and highest frequency in Hz."""
+        """Return the lowest and highest frequency in Hz."""
         high = self.high_freq + self.freq / 2 if self.high_freq < 0 else self.high_freq
         return self.low_freq, high
 
     @property
     def num_bins(self) -> int:
-        """M, with what pads the bins."""
+        """Return M, with what pads the bins."""
         padded = self.padded_num_mel_bins
         return self.num_mel_bins if padded is None else padded
 
     @property
     def frame_dim(self) -> int:
-        """D."""
+        """Return D."""
         return self.num_bins * (self.delta_order + 1)
 
     @property
     def feature_dim(self) -> int:
-        """Values a token: the encoder's input_size."""
+        """Return the values a token has: the encoder's input_size."""
         return self.frame_dim * (self.left + self.right + 1)
 
 
@@ -186,7 +181,7 @@ DEFAULT_CONFIG = FbankConfig()
 
 @dataclass(frozen=True, eq=False)
 class Fbank:
-    """`fbank(waveform)` are the features of one clip; without `cmvn` they are not normalised.
+    """Computes by `fbank(waveform)` the features of a clip, not normalized without `cmvn`.
 
     Raises ValueError where the statistics are those of other frames.
     """
@@ -203,7 +198,7 @@ class Fbank:
 
     @classmethod
     def load(cls, folder: Path) -> Fbank:
-        """From a model's audio/ folder. Raises FileNotFoundError, or ValueError naming the file."""
+        """Load a model's audio/ folder. Raises FileNotFoundError, or ValueError naming the file."""
         path = folder / CONFIG_NAME
         try:
             config = FbankConfig.from_dict(json.loads(path.read_text()))
@@ -213,7 +208,7 @@ class Fbank:
         return cls(config, Cmvn.from_stats(read_kaldi_matrix(cmvn_path), source=str(cmvn_path)))
 
     def __call__(self, waveform: Tensor) -> Tensor:
-        """(num_samples,) floats in [-1, 1] -> (N, feature_dim) float32.
+        """Turn (num_samples,) floats in [-1, 1] into features (N, feature_dim) float32.
 
         Raises ValueError as `compute_frames`.
         """
@@ -225,17 +220,17 @@ class Fbank:
 
 
 def save_fbank(folder: Path, config: FbankConfig, stats: Tensor) -> None:
-    """Writes what `Fbank.load` and the official code read; `stats` is (2, D+1)."""
-    Fbank(config, Cmvn.from_stats(stats))  # refuses what could not be read back
+    """Write what `Fbank.load` and the official code read; `stats` is (2, D+1)."""
+    Fbank(config, Cmvn.from_stats(stats))  # raises for what could not be read back
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     write_kaldi_matrix(folder / CMVN_NAME, stats)
 
 
 def num_audio_tokens(num_samples: int, config: FbankConfig = DEFAULT_CONFIG) -> int:
-    """N of a clip; 0 where it is too short for one frame, which `compute_frames` refuses.
+    """Return N of a clip; 0 where it is too short for a frame, an error of `compute_frames`.
 
-    AudioFrameLengthCalculator in the official data/audio_data.py. The official features divide
+    This is AudioFrameLengthCalculator of the official data/audio_data.py. Official features divide
     towards zero instead, so there a clip of 241 to 399 samples beside a longer one has a token
     that the prompt has no place for; not followed.
     """
@@ -244,7 +239,7 @@ def num_audio_tokens(num_samples: int, config: FbankConfig = DEFAULT_CONFIG) -> 
 
 
 def compute_cmvn_stats(waveforms: Iterable[Tensor], config: FbankConfig = DEFAULT_CONFIG) -> Tensor:
-    """(2, D+1) float64 over all frames of the clips, as `Cmvn.from_stats` and the files have them.
+    """Compute (2, D+1) float64 over all frames of the clips, in the form of `Cmvn.from_stats`.
 
     Statistics of parts of a data set add up. Raises ValueError as `compute_frames`.
     """
@@ -258,7 +253,7 @@ def compute_cmvn_stats(waveforms: Iterable[Tensor], config: FbankConfig = DEFAUL
 
 
 def compute_frames(waveform: Tensor, config: FbankConfig = DEFAULT_CONFIG) -> Tensor:
-    """(num_samples,) -> (F, D): log mel energies with their deltas, before normalisation.
+    """Compute (F, D) log mel energies with deltas from (num_samples,), before normalization.
 
     Raises ValueError for what is no mono waveform, for NaN, and for under one frame (400 samples).
     """
@@ -280,42 +275,29 @@ def compute_frames(waveform: Tensor, config: FbankConfig = DEFAULT_CONFIG) -> Te
 
 
 def compute_log_mel(waveform: Tensor, config: FbankConfig) -> Tensor:
-    """(num_samples,) -> (F, M) natural logarithms of the power in each mel filter."""
-    window, filters = (v.to(waveform.device) for v in analysis_tables(config))
-    frames = (waveform * SAMPLE_SCALE).unfold(0, len(window), config.num_shift_samples)
-    if config.dither:  # officially unseeded; the features of a clip are to be always the same
-        noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(config.seed))
-        frames = frames + config.dither * noise.to(frames.device)
-    previous = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
-    frames = (frames - config.preemphasis * previous) * window  # (F, num_window_samples)
-    power = torch.view_as_real(torch.fft.rfft(frames, n=config.fft_size)).square().sum(-1)
-    log_mel = (power @ filters).clamp(min=FLOAT32_EPS).log()
+    """Compute (F, M) logarithms of the power in each mel filter from (num_samples,), as Kaldi."""
+    low, high = config.mel_limits
+    # Dither is officially unseeded; the features of a clip are to be always the same.
+    with torch.random.fork_rng(enabled=config.dither > 0):
+        if config.dither:
+            torch.manual_seed(config.seed)
+        log_mel = kaldi.fbank(
+            SAMPLE_SCALE * waveform[None],
+            sample_frequency=config.freq,
+            frame_length=config.frame_length,
+            frame_shift=config.frame_shift,
+            preemphasis_coefficient=config.preemphasis,
+            low_freq=low,
+            high_freq=high,
+            num_mel_bins=config.num_mel_bins,
+            dither=config.dither,
+            remove_dc_offset=False,
+        )
     return F.pad(log_mel, (0, config.num_bins - config.num_mel_bins))
 
 
-@lru_cache(maxsize=8)
-def analysis_tables(config: FbankConfig) -> tuple[Tensor, Tensor]:
-    """The window (num_window_samples,) and the triangular mel filters (fft_size / 2 + 1, M).
-
-    In float32 as officially; the highest frequency has weight 0. Not to be changed in place.
-    """
-    # Named, since these are kept: a caller's default dtype or device must not get in.
-    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    window = torch.hann_window(config.num_window_samples, periodic=False, **place)
-    low, high = (1127.0 * math.log(1 + limit / 700.0) for limit in config.mel_limits)
-    step = (high - low) / (config.num_mel_bins + 1)
-    bins = torch.arange(config.num_mel_bins, **place)
-    edges = [low + (bins + shift) * step for shift in (0.0, 1.0, 2.0)]
-    frequencies = config.freq / config.fft_size * torch.arange(config.fft_size // 2, **place)
-    mel = 1127.0 * (1 + frequencies / 700.0).log()[:, None]
-    rising = (mel - edges[0]) / (edges[1] - edges[0])
-    falling = (edges[2] - mel) / (edges[2] - edges[1])
-    filters = torch.minimum(rising, falling).clamp(min=0)
-    return window.pow(WINDOW_POWER), F.pad(filters, (0, 0, 0, 1))
-
-
 def add_deltas(frames: Tensor, config: FbankConfig) -> Tensor:
-    """(F, M) -> (F, D): slopes over `window_size` frames on each side, and slopes of these.
+    """Add to (F, M) slopes over `window_size` frames on each side, and slopes of these: (F, D).
 
     The first and last frame are repeated beyond the ends, and slopes of slopes are taken over
     that: one longer kernel, as in Kaldi.
@@ -326,18 +308,18 @@ def add_deltas(frames: Tensor, config: FbankConfig) -> Tensor:
     for order in range(1, config.delta_order + 1):
         kernel = np.convolve(kernel, slope)
         weight = torch.from_numpy(kernel).to(frames)
-        windows = neighbours(frames, order * n, order * n)  # (F, len(kernel), M)
+        windows = neighbors(frames, order * n, order * n)  # (F, len(kernel), M)
         parts.append(torch.einsum("fkm,k->fm", windows, weight))
     return torch.cat(parts, dim=1)
 
 
 def splice(frames: Tensor, config: FbankConfig) -> Tensor:
-    """(F, D) -> (N, feature_dim): every `stride`-th frame with its neighbours, oldest first."""
-    return neighbours(frames, config.left, config.right, stride=config.stride).flatten(1)
+    """Join every `stride`-th frame of (F, D) with its neighbors, oldest first: (N, feature_dim)."""
+    return neighbors(frames, config.left, config.right, stride=config.stride).flatten(1)
 
 
-def neighbours(frames: Tensor, left: int, right: int, *, stride: int = 1) -> Tensor:
-    """(F, W) -> (ceil(F / stride), left + 1 + right, W); the end frames go on beyond the ends."""
+def neighbors(frames: Tensor, left: int, right: int, *, stride: int = 1) -> Tensor:
+    """Gather (F, W) to (ceil(F / stride), left + 1 + right, W); the end frames are repeated."""
     starts = torch.arange(0, len(frames), stride, device=frames.device)
     offsets = torch.arange(-left, right + 1, device=frames.device)
     return frames[(starts[:, None] + offsets).clamp(0, len(frames) - 1)]

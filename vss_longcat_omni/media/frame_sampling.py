@@ -1,4 +1,4 @@
-"""Which frames of a video are taken, and the timestamp of each pair: functions of its length.
+"""Chooses by a video's length which of its frames are taken, and each pair's timestamp.
 
 Place in the data flow: video.py decodes the frames chosen here; dataset/interleave.py writes the
 timestamps into the prompt. The vision encoder joins two frames to one temporal unit, so frames come
@@ -24,12 +24,12 @@ from vss_longcat_omni.options.run_arguments import SamplingRule
 Strategy = Literal["sequential", "average"]
 
 MIN_FRAMES, MAX_RATE = 16, 4  # of rule `video`: a short clip gets up to 4 fps to reach 16 frames
-SLOW_SECONDS = 8  # of rule `video`: 0.5 fps up to here, before MIN_FRAMES is seen to
+SLOW_SECONDS = 8  # of rule `video`: 0.5 fps up to here, before MIN_FRAMES is applied
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSample:
-    """An even number of frame indices, which may repeat; a timestamp for every two."""
+    """Holds an even number of frame indices, which may repeat; a timestamp for every two."""
 
     frame_indices: tuple[int, ...]
     timestamps: tuple[str, ...]  # "second{1.2}:"
@@ -40,7 +40,11 @@ class FrameSample:
 def sample_frames(
     num_frames: int, fps: float, *, rule: SamplingRule = "multimodal_interleaved"
 ) -> FrameSample:
-    """Frames of a whole video of `num_frames` at `fps` by one of the rules."""
+    """Sample a whole video of `num_frames` at `fps` by one of the rules.
+
+    Raises:
+        ValueError: there is no such rule, or the rule has no frames for such a video.
+    """
     if rule == "multimodal_interleaved":
         return sample_interleaved(num_frames, fps)
     if rule == "video":
@@ -62,7 +66,7 @@ def sample_interleaved(
     max_units: int = -1,
     strategy: Strategy = "sequential",
 ) -> FrameSample:
-    """Rule `multimodal_interleaved`: 2 * ceil(seconds) frames from the first to one past the last.
+    """Sample by `multimodal_interleaved`: 2 * ceil(seconds) frames, first to one past the last.
 
     Both ends are taken, so the spacing is D/(2D-1) seconds and timestamps are not whole: 0.0, 1.2
     and 2.4 for 3 s. That is what the released model was trained on, so it is kept.
@@ -104,7 +108,7 @@ def sample_video(
     max_units: int = 128,
     tail_skip: int = 5,
 ) -> FrameSample:
-    """Rule `video`: 4 fps up to 4 s, then some 16 frames up to 16 s, then 1 fps up to 256 s.
+    """Sample by `video`: 4 fps up to 4 s, then some 16 frames up to 16 s, then 1 fps up to 256 s.
 
     Beyond, 2 * `max_units` frames evenly. Frames stand in the middle of their intervals, and none
     is later than `tail_skip` before the last; timestamps are those before that limit, as official.
@@ -118,7 +122,7 @@ def sample_video(
     rate = 0.5 if seconds <= SLOW_SECONDS else math.ceil(seconds / max_frames)
     start = 0 if bound is None else max(0, _round_half_up(float(bound[0]) * fps))
     end = last if bound is None else min(_round_half_up(float(bound[1]) * fps), last)
-    indices = _centred(start, end, fps, rate, max_frames) if end > start else []
+    indices = _centered(start, end, fps, rate, max_frames) if end > start else []
     if not indices:
         where = "" if bound is None else f" from {bound[0]:g} to {bound[1]:g} s"
         raise ValueError(
@@ -141,7 +145,11 @@ def sample_video(
 
 
 def sample_plain(num_frames: int, fps: float) -> FrameSample:
-    """Rule `plain_2fps`: what is on screen at 0.0, 0.5, 1.0 s ..; timestamps are whole seconds."""
+    """Sample by `plain_2fps` what is on screen at 0.0, 0.5, 1.0 s ..; timestamps are whole seconds.
+
+    Raises:
+        ValueError: no frames, or no frame rate.
+    """
     _check_video(num_frames, fps)
     num_units = math.ceil(num_frames / fps)
     indices = [min(int(i / 2 * fps), num_frames - 1) for i in range(2 * num_units)]
@@ -153,8 +161,8 @@ def sample_plain(num_frames: int, fps: float) -> FrameSample:
     )
 
 
-def _centred(start: int, end: int, fps: float, rate: float, max_frames: int) -> list[int]:
-    """Ascending indices in [start, end), from the middle of each interval of the rule `video`."""
+def _centered(start: int, end: int, fps: float, rate: float, max_frames: int) -> list[int]:
+    """Return rising indices in [start, end), from the middle of each interval of `video`."""
     if fps <= rate:
         return [math.floor(i) for i in np.arange(start, end, 1 / rate)]
 
@@ -173,7 +181,7 @@ def _centred(start: int, end: int, fps: float, rate: float, max_frames: int) -> 
 
 
 def _frame_range(num_frames: int, fps: float, bound: tuple[float, float] | None) -> tuple[int, int]:
-    """First and last frame within (start, end) seconds, both inclusive."""
+    """Return the first and last frame within (start, end) seconds, both inclusive."""
     if bound is None:
         return 0, num_frames - 1
     start_time, end_time = (max(0.0, min(time, num_frames / fps)) for time in bound)

@@ -1,8 +1,8 @@
-"""Pictures and video frames (uint8) to the rows of patches that LongCat-ViT takes, and their grids.
+"""Turns pictures and video frames (uint8) into the patches that LongCat-ViT takes, and their grids.
 
 After decoding, before `model/vision_encoder.py`: `resize_frames` (once a clip, its uint8 result is
-what a cache keeps), then `to_patches` (at batching, on any device). `plan_pooling` tells how many
-positions of the language model each unit fills. Rules of meituan-longcat/LongCat-Flash-Omni,
+what a cache keeps), then `to_patches` (at batching, on any device). `plan_pooling` says how many
+positions of the language model each unit takes. Rules of meituan-longcat/LongCat-Flash-Omni,
 encoders/utils.py, data/utils.py and data/data_processor.py, integer for integer.
 
 A unit is a pair of frames, or a still picture taken twice: one item for the encoder.
@@ -34,7 +34,7 @@ FIXED_SETTINGS = {"resolution_mode": "native", "relarge_ratio": 1, "temporal_pat
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """Names of the official vision/config.json; the last three are those of the official demo.
+    """Has the names of the official vision/config.json; the last three are of the official demo.
 
     That file is not public: the limits of a picture are the technical report's (section 2.1), a
     side's multiple of 112 = 14 * 8 as well, and video limits that it leaves out are the picture's,
@@ -73,10 +73,10 @@ class PixelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> PixelConfig:
-        """From the keys of the official file; those of other modules are left aside.
+        """Read the keys of the official file; those of other modules are left aside.
 
         `v_post_squeeze` and `video_vit` are too: the official demo turns both on, whatever the
-        file says. Raises ValueError, with `source`, for a variant that is not written here.
+        file says. Raises ValueError, with `source`, for a variant that is unsupported.
         """
         for name, only in FIXED_SETTINGS.items():
             if values.get(name, only) != only:
@@ -99,7 +99,7 @@ class PixelConfig:
 def fit_size(
     height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, patch_size: int
 ) -> tuple[int, int]:
-    """(height, width) near the given ones, multiples of `factor`, within the limits, aspect kept.
+    """Fit (height, width) to multiples of `factor` within the limits; the aspect is kept.
 
     Rounding is half to even. The lower limit gives way to the upper one. An extreme aspect leaves
     the multiple of `factor`; the height stays one of the patch, the width of two (the projector
@@ -135,7 +135,7 @@ def fit_size(
 def resized_size(
     height: int, width: int, *, num_frames: int, config: PixelConfig
 ) -> tuple[int, int]:
-    """(height, width) in pixels that every frame of a clip is resized to; one frame is a picture.
+    """Return (height, width) that every frame of a clip is resized to; one frame is a picture.
 
     The units of a video share `max_tokens_video_vit`, so many units get below `min_tokens`.
     """
@@ -156,21 +156,24 @@ def resized_size(
 
 
 def num_units(num_frames: int) -> int:
-    """Frame pairs; a single frame is a picture and makes one unit."""
+    """Count the frame pairs; a single frame is a picture and makes one unit.
+
+    Raises ValueError for no frames, and for an odd number above one.
+    """
     if num_frames < 1 or (num_frames > 1 and num_frames % 2):
         raise ValueError(f"{num_frames} frames: give one, or an even number (units are pairs)")
     return max(1, num_frames // 2)
 
 
 def unit_grids(height: int, width: int, *, num_frames: int, config: PixelConfig) -> list[Grid]:
-    """The grid of every unit of a clip, known before anything is decoded."""
+    """Return the grid of every unit of a clip, before anything is decoded."""
     rows, columns = resized_size(height, width, num_frames=num_frames, config=config)
     grid = (1, rows // config.patch_size, columns // config.patch_size)
     return [grid] * num_units(num_frames)
 
 
 def resize_frames(frames: np.ndarray | Tensor, config: PixelConfig) -> Tensor:
-    """uint8 (T, H, W, 3), or one picture (H, W, 3) -> uint8 (T, H', W', 3), by PIL's bicubic.
+    """Resize uint8 (T, H, W, 3), or a picture (H, W, 3), to (T, H', W', 3), by PIL's bicubic.
 
     Raises ValueError for other shapes or types, and for an odd number of frames above one.
     """
@@ -187,7 +190,7 @@ def resize_frames(frames: np.ndarray | Tensor, config: PixelConfig) -> Tensor:
 
 
 def to_patches(frames: Tensor, config: PixelConfig) -> tuple[Tensor, list[Grid]]:
-    """Resized frames, uint8 (T, H, W, 3) -> (U*h*w, 3*2*p*p) float32, and the U grids.
+    """Cut resized frames, uint8 (T, H, W, 3), to (U*h*w, 3*2*p*p) float32; return the U grids too.
 
     A row is a patch: (channel, frame in the pair, row, column); rows run over (unit, h, w). With
     spatial_merge_size s > 1, over (unit, h/s, w/s, s, s).
@@ -198,7 +201,7 @@ def to_patches(frames: Tensor, config: PixelConfig) -> tuple[Tensor, list[Grid]]
     if height % (patch * merge) or width % (patch * math.lcm(2, merge)):
         raise ValueError(f"frames of {height}x{width} are not resized: call resize_frames first")
     if num_frames == 1:
-        frames = frames.expand(2, -1, -1, -1)  # a still picture is its own neighbour
+        frames = frames.expand(2, -1, -1, -1)  # a still picture is its own neighbor
     units = num_units(len(frames))
     blocks = frames.reshape(
         units, 2, height // patch // merge, merge, patch, width // patch // merge, merge, patch, 3
@@ -222,16 +225,16 @@ def _check_frames(shape: tuple[int, ...], *, is_uint8: bool) -> None:
 
 
 def num_tokens(grid: Grid) -> int:
-    """Positions of the language model that a unit fills before pooling."""
+    """Count the positions of the language model that a unit takes before pooling."""
     return grid[1] * grid[2] // 2
 
 
 def compress_ratio(unit_tokens: Sequence[int], config: PixelConfig) -> float:
-    """By how much a prompt's units are pooled, from the tokens of each; at most 1: not at all.
+    """Return by how much a prompt's units are pooled, from the tokens of each; 1: not at all.
 
-    The fixed ratio, or the larger of the fixed tokens' and `max_tokens_video`'s; but as much more
-    as `max_vision_length` asks for, in tenths. As _precess_global_vision_info of the official
-    data/data_processor.py.
+    It is the fixed ratio, or the larger of the fixed tokens' and `max_tokens_video`'s; but as much
+    more as `max_vision_length` asks for, in tenths, as _precess_global_vision_info of the official
+    data/data_processor.py does.
     """
     total = sum(unit_tokens)
     ratio = total / config.max_tokens_video
@@ -248,7 +251,10 @@ def compress_ratio(unit_tokens: Sequence[int], config: PixelConfig) -> float:
 
 
 def pooled_grid(grid: Grid, ratio: float, config: PixelConfig) -> PooledGrid:
-    """(h, w) whose h * w / 2 tokens are at most the unit's own / ratio, both multiples of 2."""
+    """Return (h, w), multiples of 2, whose h * w / 2 tokens are at most the unit's own / ratio.
+
+    Raises ValueError where no token would be left.
+    """
     if ratio <= 1:
         return grid[1:]
     patch = config.patch_size
@@ -272,7 +278,7 @@ def pooled_grid(grid: Grid, ratio: float, config: PixelConfig) -> PooledGrid:
 def plan_pooling(
     items: Sequence[Sequence[Grid]], config: PixelConfig
 ) -> tuple[float, list[list[PooledGrid]]]:
-    """The compress ratio of a prompt and the pooled grids of each picture or video of it.
+    """Return the compress ratio of a prompt and the pooled grids of each picture or video of it.
 
     `items` has the grids of each item's units. The official code counts a video's frames where its
     lists hold units, so that whatever follows a video in the same prompt gets no grids, or the

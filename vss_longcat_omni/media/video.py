@@ -1,4 +1,4 @@
-"""mp4 videos -> chosen frames and the sound inside, or what is wrong with them.
+"""Reads from mp4 videos chosen frames and the sound inside, or says what is wrong with them.
 
 First step of the data flow: a sample's video -> frames and sound -> pixels.py and fbank.py;
 audio.py reads speech files. PyAV, whose wheel holds FFmpeg, reads, so no system library is needed.
@@ -37,7 +37,7 @@ SEEK_GAIN = 8  # frames: a jump that saves fewer decodes more, since B-frames co
 
 
 def load_audio_track(path: Path, *, sample_rate: int = 16000) -> torch.Tensor:
-    """(num_samples,) float32 mono: the sound inside an mp4; several channels are averaged.
+    """Read the sound inside an mp4, (num_samples,) float32 mono; several channels are averaged.
 
     Raises FileNotFoundError, or ValueError: unreadable, damaged, no audio track, or an empty one.
     """
@@ -59,7 +59,7 @@ def load_audio_track(path: Path, *, sample_rate: int = 16000) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """An mp4's first video track; `width` and `height` as displayed, so after rotation."""
+    """Describes an mp4's first video track; `width` and `height` as displayed, after rotation."""
 
     num_frames: int
     fps: float  # num_frames / duration: the average, where the rate varies
@@ -70,7 +70,7 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """What the video holds, counted from its packets; only the first frame is decoded.
+    """Return what the video holds, counted from its packets; only the first frame is decoded.
 
     Raises FileNotFoundError, or ValueError: not a video, no video track, cut off, or damaged.
     """
@@ -79,7 +79,7 @@ def probe_video(path: Path) -> VideoInfo:
 
 
 def validate_video(path: Path) -> VideoInfo:
-    """As `probe_video`, but decodes every frame, so damage anywhere raises its ValueError."""
+    """Probe as `probe_video`, but decode every frame, so damage anywhere raises its ValueError."""
     with _open(path) as container:
         track = _scan(container)
         for _ in _decode(container, track, range(len(track.times))):
@@ -88,7 +88,7 @@ def validate_video(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
-    """(len(indices), H, W, 3) uint8 RGB: the frames of these numbers, in the order given.
+    """Read the frames of these numbers, in the order given: (len(indices), H, W, 3) uint8 RGB.
 
     Numbers count frames as shown, from 0, whatever their order in the file or their spacing in
     time; one may come twice. Decoding starts at the keyframe before a frame that lies far from the
@@ -123,7 +123,7 @@ def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Track:
-    """Presentation times of a video track, in units of its `time_base`."""
+    """Holds presentation times of a video track, in units of its `time_base`."""
 
     stream: VideoStream
     times: list[int]  # of all frames, in the order shown
@@ -133,7 +133,7 @@ class _Track:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[InputContainer]:
-    """FFmpeg's errors, while the file is open, as a ValueError that names it."""
+    """Open the file, and raise FFmpeg's errors, while it is open, as a ValueError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such video file")
     if Path(path).stat().st_size == 0:
@@ -148,7 +148,7 @@ def _open(path: Path) -> Iterator[InputContainer]:
 
 
 def _packets(container: InputContainer, stream: AudioStream | VideoStream) -> Iterator[Packet]:
-    """The stream's packets, with the empty one that ends the decoding.
+    """Yield the stream's packets, with the empty one that ends the decoding.
 
     Half a packet, of whatever track, is an error: the file was cut off there.
     """
@@ -160,7 +160,7 @@ def _packets(container: InputContainer, stream: AudioStream | VideoStream) -> It
 
 
 def _scan(container: InputContainer) -> _Track:
-    """Reads the file once and decodes nothing.
+    """Read the file once, without decoding.
 
     The header's count and rate are not enough: B-frames are stored out of order, frames may lie
     unevenly, and what an edit list cuts off is counted too.
@@ -210,7 +210,7 @@ def _probe(container: InputContainer, track: _Track) -> VideoInfo:
 def _decode(
     container: InputContainer, track: _Track, numbers: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """(number, frame) for rising frame numbers."""
+    """Yield (number, frame) for rising frame numbers."""
     decoded: Iterator[VideoFrame] = iter(())
     start = 0
     last = -1 - SEEK_GAIN  # so that the first number is sought: the packets were read before
@@ -237,7 +237,7 @@ def _decode(
 def _decode_from(
     container: InputContainer, stream: VideoStream, keyframe: tuple[int, int]
 ) -> Iterator[VideoFrame]:
-    """Frames from this keyframe on, or from an earlier one."""
+    """Yield frames from this keyframe on, or from an earlier one."""
     # FFmpeg compares with the times shown, in a file of fragments with those of decoding. The
     # second are the earlier ones, so with them the jump never goes too far.
     for time in keyframe:
@@ -252,7 +252,7 @@ def _decode_from(
 
 
 def _to_picture(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright; colours by the file's tags (BT.601 where it has none)."""
+    """Return (H, W, 3) uint8 RGB, upright; colors by the file's tags (BT.601 where it has none)."""
     picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     if frame.rotation:
         picture = np.rot90(picture, k=round(frame.rotation / 90))  # both counter-clockwise

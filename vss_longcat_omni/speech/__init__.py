@@ -1,1 +1,1 @@
-"""Speech as codes, and what is heard in it."""
+"""Speech as codes, and speech as text."""

@@ -1,11 +1,11 @@
-"""Speech codecs: what turns an answer's speech into the codes that the model learns, and back.
+"""Opens speech codecs, which turn an answer's speech into codes that the model learns, and back.
 
     codec = open_codec("cache/codec")  # fitted by fit_codec.py, or LongCat-Audio-Codec's files
     codes = codec.encode(load_audio(path))  # dataset/prepare.py
     speech = codec.decode(codes)  # generate.py, at codec.sample_rate
 
-Codes are raw: dataset/template.py adds the 32 reserved ids. Column 0 is the semantic book, 0..8191;
-columns 1 to 3 are the acoustic ones, 0..8099. A fitted codec's books may be smaller.
+Codes are raw: dataset/template.py adds the 32 reserved ids. Codebook 0 is the semantic one,
+0..8191; codebooks 1 to 3 are the acoustic ones, 0..8099. A fitted codec's may be smaller.
 
 S samples, N codec frames of 60 ms.
 """
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from vss_longcat_omni.speech.embedded_codec import (
     CONFIG_FILE,
-    MAX_BOOK_SIZES,
     WEIGHTS_FILE,
     MelCodec,
 )
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER_NAME = "LongCatAudioCodec_encoder.pt"
 CMVN_NAME = "LongCatAudioCodec_encoder_cmvn.npy"
-# The best first; the last has one acoustic book. The first comes with LongCat-Flash-Omni.
+# The best first; the last has one acoustic codebook. The first comes with LongCat-Flash-Omni.
 DECODER_NAMES = (
     "LongCatAudioCodec_decoder_24k_4codebooks_aug_sft.pt",
     "LongCatAudioCodec_decoder_24k_4codebooks.pt",
@@ -48,33 +47,28 @@ CHECKPOINT_FOLDERS = (".", "ckpts", "audio_codec")
 
 
 class SpeechCodec(Protocol):
-    """What `embedded_codec.MelCodec` and `LongCatCodec` have in common."""
+    """What `embedded_codec.MelCodec` and `LongCatAudioCodec` have in common."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Two codecs with the same one give the same codes: part of the names of cached codes."""
+        """Equal for codecs that give the same codes: part of the names of cached codes."""
         ...
 
     @property
     def sample_rate(self) -> int:
-        """Of what `decode` returns, Hz."""
+        """Return the rate of what `decode` returns, Hz."""
         ...
 
     @property
-    def frame_rate(self) -> float:
-        """Frames a second."""
-        ...
-
-    @property
-    def book_sizes(self) -> tuple[int, ...]:
-        """Entries of the four books."""
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Return the entries of the four codebooks."""
         ...
 
     def encode(self, waveform: Tensor) -> Tensor:
-        """(S,) float32 in [-1, 1] at 16 kHz -> (N, 4) int64 codes, N = ceil(S / 960), on the CPU.
+        """Encode (S,) float32 in [-1, 1] at 16 kHz: (N, 4) int64, N = ceil(S / 960), on the CPU.
 
         Raises:
             ValueError: another shape or dtype, an empty clip, or NaN.
@@ -82,41 +76,16 @@ class SpeechCodec(Protocol):
         ...
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(N, 4) integer codes -> (num_samples,) float32 in [-1, 1] on the CPU.
+        """Decode (N, 4) integer codes to (num_samples,) float32 in [-1, 1] on the CPU.
 
         Raises:
-            ValueError: another shape or dtype, or a code outside its book.
+            ValueError: another shape or dtype, or a code outside its codebook.
         """
         ...
 
 
-class LongCatCodec:
-    """LongCat-Audio-Codec with what a `SpeechCodec` tells of itself; either half may be missing."""
-
-    name = "longcat"
-    book_sizes = MAX_BOOK_SIZES
-
-    def __init__(self, codec: LongCatAudioCodec, fingerprint: str) -> None:
-        self.codec = codec
-        self.fingerprint = fingerprint
-
-    @property
-    def sample_rate(self) -> int:
-        return self.codec.sample_rate
-
-    @property
-    def frame_rate(self) -> float:
-        return self.codec.frame_rate
-
-    def encode(self, waveform: Tensor) -> Tensor:
-        return self.codec.encode(waveform)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.codec.decode(codes)
-
-
 def open_codec(spec: str, *, device: torch.device | str = "cpu") -> SpeechCodec:
-    """The codec in a folder: the embedded one's, or LongCat-Audio-Codec's checkpoints.
+    """Open the codec in a folder: the embedded one's, or LongCat-Audio-Codec's checkpoints.
 
     Of the latter a training needs the encoder alone, a generation the decoder alone; with several
     decoders the first of DECODER_NAMES is taken.
@@ -148,7 +117,7 @@ def open_codec(spec: str, *, device: torch.device | str = "cpu") -> SpeechCodec:
 
 
 def find_checkpoints(folder: Path) -> tuple[Path | None, Path | None]:
-    """The encoder and the best decoder right in this folder."""
+    """Find the encoder and the best decoder right in this folder."""
     encoder = folder / ENCODER_NAME
     decoders = [folder / name for name in DECODER_NAMES if (folder / name).is_file()]
     if len(decoders) > 1:
@@ -158,17 +127,18 @@ def find_checkpoints(folder: Path) -> tuple[Path | None, Path | None]:
 
 def _open_longcat(
     encoder: Path | None, decoder: Path | None, device: torch.device | str
-) -> LongCatCodec:
+) -> LongCatAudioCodec:
     from vss_longcat_omni.speech.longcat_codec.codec import LongCatAudioCodec
 
     codec = LongCatAudioCodec.load(encoder, decoder, device=device)
     # Which codes speech has is the encoder's matter.
     files = (decoder,) if encoder is None else (encoder, encoder.with_name(CMVN_NAME))
-    return LongCatCodec(codec, digest_files([path for path in files if path and path.is_file()]))
+    codec.fingerprint = digest_files([path for path in files if path and path.is_file()])
+    return codec
 
 
 def digest_files(paths: Sequence[Path]) -> str:
-    """sha256 of their content; some seconds for the 2 GB of the encoder."""
+    """Return the sha256 of their content; some seconds for the 2 GB of the encoder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Log-mel frames, what the embedded codec quantises, and the way back to a waveform.
+"""Computes log-mel frames, which the embedded codec quantizes, and the way back to a waveform.
 
-`fit_codec.py` uses it in both directions. Windows of 40 ms every 10 ms: six such frames fill one
-codec frame of 60 ms, and lie symmetrically in it.
+`embedded_codec.py` uses both directions. Windows of 40 ms come every 10 ms: six such frames make
+one codec frame of 60 ms, and lie symmetrically in it.
 
 S samples, T mel frames.
 """
@@ -20,7 +20,7 @@ N_FFT = 640
 HOP = 160
 NUM_MELS = 80
 # Magnitudes below are silence. It comes back as a soft noise, as of a quiet room: speech
-# recognisers do worse on speech between zeros.
+# recognizers do worse on speech between zeros.
 FLOOR = 1e-3
 IDENTITY = f"log_mel n_fft={N_FFT} hop={HOP} mels={NUM_MELS} floor={FLOOR}"
 
@@ -31,7 +31,7 @@ MIN_MAGNITUDE = 1e-8  # keeps divisions finite
 
 
 def compute_log_mel(waveform: Tensor) -> Tensor:
-    """(S,) -> (ceil(S / HOP), NUM_MELS); a frame is centred on the middle of its HOP samples."""
+    """Compute (ceil(S / HOP), NUM_MELS) from (S,), each centered on its HOP samples."""
     num_frames = math.ceil(len(waveform) / HOP)
     before = (N_FFT - HOP) // 2
     after = N_FFT + (num_frames - 1) * HOP - before - len(waveform)
@@ -48,7 +48,7 @@ def compute_log_mel(waveform: Tensor) -> Tensor:
 
 
 def invert_log_mel(log_mel: Tensor) -> Tensor:
-    """(T, NUM_MELS) -> (T, N_FFT // 2 + 1) magnitudes >= 0 whose mel is nearest.
+    """Return for (T, NUM_MELS) the (T, N_FFT // 2 + 1) magnitudes >= 0 whose mel is nearest.
 
     Non-negative least squares by multiplicative updates (Lee and Seung, "Algorithms for
     non-negative matrix factorization", 2000), from the pseudo-inverse.
@@ -62,7 +62,7 @@ def invert_log_mel(log_mel: Tensor) -> Tensor:
 
 
 def griffin_lim(magnitudes: Tensor) -> Tensor:
-    """(T, N_FFT // 2 + 1) -> (T * HOP,) samples, the same at every call.
+    """Turn (T, N_FFT // 2 + 1) into (T * HOP,) samples, the same at every call.
 
     Fast Griffin-Lim (Perraudin, Balazs and Soendergaard, "A fast Griffin-Lim algorithm", 2013).
     """
@@ -80,7 +80,7 @@ def griffin_lim(magnitudes: Tensor) -> Tensor:
 
 
 def _backward(spectrum: Tensor) -> Tensor:
-    """(bins, T) -> ((T + 1) * HOP,): half a hop more on either side, whence the empty frames."""
+    """Map (bins, T) to ((T + 1) * HOP,): half a hop more on either side, by empty frames."""
     return torch.istft(
         F.pad(spectrum, (1, 1)),
         N_FFT,
@@ -91,7 +91,7 @@ def _backward(spectrum: Tensor) -> Tensor:
 
 
 def _forward(waveform: Tensor) -> Tensor:
-    """The other way: ((T + 1) * HOP,) -> (bins, T)."""
+    """Map ((T + 1) * HOP,) back to (bins, T)."""
     spectrum = torch.stft(
         waveform,
         N_FFT,
@@ -110,7 +110,7 @@ def _window(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1)
 def mel_filters() -> Tensor:
-    """(N_FFT // 2 + 1, NUM_MELS) triangles of Slaney's scale and area, 0 to 8 kHz."""
+    """Return (N_FFT // 2 + 1, NUM_MELS) triangles of Slaney's scale and area, 0 to 8 kHz."""
     from torchaudio.functional import melscale_fbanks
 
     return melscale_fbanks(

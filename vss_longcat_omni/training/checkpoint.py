@@ -1,6 +1,6 @@
-"""Which checkpoint a run goes on from; the Trainer writes and reads them.
+"""Finds the checkpoint that a run is resumed from; the Trainer writes and reads them.
 
-Called by train_ds.py before the model is built, so that a missing one is told early.
+train_ds.py calls it before the model is built, so that a missing one is reported early.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint named, or with "latest" the last whole one of the run.
+    """Return the checkpoint named, or with "latest" the last whole one of the run.
 
     Raises:
         ValueError: there is none. trainer_state.json is written last, so a folder without it was

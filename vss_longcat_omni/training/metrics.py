@@ -1,4 +1,4 @@
-"""A micro-batch's sums of the loss, and the loss and accuracy of each term that they make.
+"""Turns a micro-batch's sums of the loss into loss and accuracy of each term.
 
 Place in the data flow: model/omni.py gives the sums, trainer.py adds them up over steps and
 processes and logs what comes out; inference/measure.py does so for a split.
@@ -19,13 +19,13 @@ TERMS = ("text", "audio", "semantic")
 
 
 def stack_sums(outputs: OmniOutput) -> Tensor:
-    """(3, terms) float64 on the CPU: losses, counts and right ones of a micro-batch."""
-    rows: Any = [outputs.losses, outputs.counts, outputs.num_correct]
-    return torch.stack(rows).double().cpu()
+    """Stack losses, counts and right ones of a micro-batch, (3, terms) float64 on the CPU."""
+    sums: Any = [outputs.losses, outputs.counts, outputs.num_correct]
+    return torch.stack(sums).double().cpu()
 
 
 def describe(sums: Tensor) -> dict[str, float]:
-    """Loss (nats a target) and accuracy of each term that has targets, from (3, terms) sums."""
+    """Compute loss (nats a target) and accuracy of each term with targets, from (3, terms) sums."""
     found = {}
     for term, (loss, count, num_correct) in zip(TERMS, sums.T.tolist(), strict=True):
         if count:

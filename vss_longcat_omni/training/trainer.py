@@ -22,12 +22,12 @@ from vss_longcat_omni.media.cmvn import CMVN_NAME
 from vss_longcat_omni.media.fbank import CONFIG_NAME
 from vss_longcat_omni.model.loss import LossSums, combine
 from vss_longcat_omni.model.saving import TRAINED_MODULES, save_config, save_weights
-from vss_longcat_omni.training.distributed import (
+from vss_longcat_omni.training.metrics import TERMS, describe, stack_sums
+from vss_longcat_omni.training.signals import (
     StopOnSignal,
     leave_signals_to_the_trainer,
     sum_over_processes,
 )
-from vss_longcat_omni.training.metrics import TERMS, describe, stack_sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,13 @@ if TYPE_CHECKING:
 
 
 class OmniTrainer(Trainer):
-    """`run` says how samples form micro-batches, `model_folder` is what training starts from."""
+    """Trains; `run` says how samples form micro-batches, `model_folder` is what it starts from.
+
+    A step's loss is scaled once: by the divisors of `get_batch_samples`, which the model divides
+    its sums by. Nothing else multiplies or divides it.
+    """
+
+    loss_is_scaled_for_ga = True  # so that Trainer leaves out its own division by micro-batches
 
     def __init__(
         self,
@@ -67,13 +73,10 @@ class OmniTrainer(Trainer):
             callbacks=[stop, *(callbacks or [])],
         )
         self.stop = stop
-        # The loss is divided by the whole step's counts, so nothing is left to divide by.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._reset_sums()
 
     def _reset_sums(self) -> None:
-        """Of what was trained on since the last log, in this process."""
+        """Begin the sums of what this process trains on up to the next log."""
         self.sums = torch.zeros(3, len(TERMS), dtype=torch.float64)  # losses, counts, right ones
         self.num_tokens = 0
         self.sums_since = time.perf_counter()
@@ -83,7 +86,7 @@ class OmniTrainer(Trainer):
         return self._loader(dataset, seed=self.args.data_seed or self.args.seed)
 
     def _loader(self, dataset: VssDataset, *, seed: int) -> DataLoader:
-        """This process's micro-batches; not accelerate's, which would divide them once more."""
+        """Load this process's micro-batches, without accelerate, which would divide them again."""
         if self.run.packing:
             batches = pack(dataset.lengths, self.run.max_tokens, seed=seed)
         else:
@@ -105,10 +108,12 @@ class OmniTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """A step's micro-batches, and the (3,) targets that all processes have in them."""
+        """Return a step's micro-batches, and (3,) what each term of their losses is divided by: its
+        targets in the whole step, of all processes, shared among these, whose gradients are
+        averaged."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = sum((count_targets(batch) for batch in batches), start=torch.zeros(len(TERMS)))
-        return batches, sum_over_processes(counts.to(device))
+        return batches, sum_over_processes(counts.to(device)) / self.args.world_size
 
     def compute_loss(
         self,
@@ -117,14 +122,13 @@ class OmniTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """This process's share of the step's loss, times the processes: these are averaged.
+        """Return what this micro-batch adds to the step's loss, divided by `num_items_in_batch`.
 
         Raises:
             FloatingPointError: in every process, when the loss of one is no number.
         """
         outputs = model(**inputs, num_targets=num_items_in_batch)
-        loss = outputs.loss * self.args.world_size
-        is_bad = (~torch.isfinite(loss.detach())).float()
+        is_bad = (~torch.isfinite(outputs.loss.detach())).float()
         if sum_over_processes(is_bad).item():
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the loss is not a finite number. The last "
@@ -132,7 +136,7 @@ class OmniTrainer(Trainer):
             )
         self.sums += stack_sums(outputs)
         self.num_tokens += len(inputs["input_ids"])
-        return (loss, outputs) if return_outputs else loss
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -140,7 +144,7 @@ class OmniTrainer(Trainer):
         super().log(logs, start_time)
 
     def _metrics(self) -> dict[str, float]:
-        """Loss and accuracy of each term and tokens a second, over all processes; all take part."""
+        """Compute each term's loss and accuracy and tokens a second; all processes take part."""
         seconds = time.perf_counter() - self.sums_since
         rate = torch.tensor([self.num_tokens / seconds], dtype=torch.float64)
         flat = torch.cat([self.sums.flatten(), rate]).to(self.args.device)
@@ -157,7 +161,7 @@ class OmniTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The loss of each term over the whole set, each sample once, whatever the processes."""
+        """Compute each term's loss over the whole set, each sample once, whatever the processes."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         loader: Any = self._loader(dataset, seed=self.args.seed)
         num_batches = len(loader.batch_sampler.batches)
@@ -180,10 +184,8 @@ class OmniTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Of LoRA the adapter, in PEFT's format, and what else is trained in a file of its own.
-
-        Of a model trained whole, at the end, a folder in the released layout.
-        """
+        """Save LoRA's adapter in PEFT's format, what else is trained in a file of its own; at the
+        end of a training of the whole model, a folder in the released layout."""
         folder = Path(str(output_dir or self.args.output_dir))
         is_end = folder == Path(str(self.args.output_dir))
         if self.run.tuning == "full" and is_end:
@@ -203,7 +205,7 @@ class OmniTrainer(Trainer):
                 save_file(beside, folder / TRAINED_MODULES)
 
     def _save_whole(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """What `load_weights` reads, with tokenizer and filter-bank settings."""
+        """Save what `load_weights` reads, with tokenizer and filter-bank settings."""
         model: Any = self.model
         save_config(model.config, folder)
         save_weights(state_dict or model.state_dict(), folder)

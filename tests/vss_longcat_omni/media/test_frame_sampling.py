@@ -73,14 +73,14 @@ def test_video_rule_works_below_two_frames_a_second() -> None:
     ("num_frames", "fps", "message"),
     [(0, 30.0, "num_frames=0"), (10, 0.0, "fps=0.0"), (10, float("nan"), "fps=nan")],
 )
-def test_a_video_without_frames_or_rate_is_refused(
+def test_a_video_without_frames_or_rate_is_an_error(
     rule: Any, num_frames: int, fps: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sample_frames(num_frames, fps, rule=rule)
 
 
-def test_what_cannot_be_sampled_is_refused_by_name() -> None:
+def test_what_cannot_be_sampled_is_an_error_by_name() -> None:
     with pytest.raises(ValueError, match="'fast': choose one of multimodal_interleaved, video"):
         sample_frames(90, 30.0, rule="fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="3 frames at 30 fps is too short for the rule 'video'"):

@@ -223,7 +223,7 @@ def test_a_rotated_video_is_shown_upright(
     assert (info.height, info.width) == shown.shape[:2]
 
 
-def test_colours_are_those_of_the_picture(tmp_path: Path) -> None:
+def test_colors_are_those_of_the_picture(tmp_path: Path) -> None:
     (picture,) = read_frames(make_video(tmp_path / "v.mp4"), [7])
     assert np.abs(picture.astype(int) - paint(7)).mean() < 5
 

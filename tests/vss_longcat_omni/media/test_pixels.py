@@ -128,12 +128,12 @@ def test_arrays_and_tensors_are_resized_alike() -> None:
         (make_frames(1, 28, 28)[0, 0], "give uint8"),
     ],
 )
-def test_other_frames_are_refused(frames: torch.Tensor, problem: str) -> None:
+def test_other_frames_are_errors(frames: torch.Tensor, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         resize_frames(frames, SMALL)
 
 
-def test_frames_that_were_not_resized_are_refused() -> None:
+def test_frames_that_were_not_resized_are_errors() -> None:
     with pytest.raises(ValueError, match="30x56 are not resized: call resize_frames"):
         to_patches(make_frames(2, 30, 56), SMALL)
     with pytest.raises(ValueError, match="28x42 are not resized"):  # three patches in a row
@@ -154,7 +154,7 @@ def test_a_video_shares_its_budget_among_its_units() -> None:
     assert unit_grids(1080, 1920, num_frames=256, config=LARGE) == [(1, 16, 24)] * 128
 
 
-def test_a_budget_that_leaves_no_patch_is_refused() -> None:
+def test_a_budget_that_leaves_no_patch_is_an_error() -> None:
     with pytest.raises(ValueError, match="1080x1920 does not fit in 3 patches: take fewer frames"):
         unit_grids(1080, 1920, num_frames=40000, config=LARGE)
 
@@ -189,7 +189,7 @@ def test_what_follows_a_video_keeps_its_own_grids(kind: str) -> None:
     assert second[0] != first[0]
 
 
-def test_a_ratio_that_leaves_no_token_is_refused() -> None:
+def test_a_ratio_that_leaves_no_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="288 vision tokens, pooled by 200, keeps 1: take fewer"):
         pooled_grid((1, 24, 24), 200, LARGE)
 
@@ -217,6 +217,6 @@ def test_video_limits_default_to_those_of_a_picture() -> None:
         ({"image_mean": [0.5]}, "image_mean=.* set 3 values"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(values: dict[str, Any], problem: str) -> None:
+def test_settings_that_cannot_work_are_errors(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         PixelConfig.from_dict(values, source="config.json")

@@ -1,4 +1,4 @@
-"""`open_codec`: each kind of folder gives a `SpeechCodec`, and all else is told what it lacks."""
+"""`open_codec`: each kind of folder gives a `SpeechCodec`, all else an error of what it lacks."""
 
 from __future__ import annotations
 
@@ -59,16 +59,15 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check_contract(codec: SpeechCodec, waveform: Tensor) -> None:
     assert codec.name
-    assert codec.frame_rate == pytest.approx(1000 / 60)
     codes = codec.encode(waveform)
     assert codes.shape == (-(-len(waveform) // 960), 4)
     assert codes.dtype == torch.int64
     assert (codes >= 0).all()
-    assert (codes < torch.tensor(codec.book_sizes)).all()
+    assert (codes < torch.tensor(codec.codebook_sizes)).all()
     speech = codec.decode(codes)
     assert speech.shape == (len(codes) * codec.sample_rate * 60 // 1000,)
     assert speech.dtype == torch.float32
-    with pytest.raises(ValueError, match="in row 0, column 2 is outside"):
+    with pytest.raises(ValueError, match="in frame 0, codebook 2 is outside"):
         codec.decode(codes.index_fill(1, torch.tensor(2), 8100))
 
 
@@ -78,7 +77,7 @@ def test_fitted_codec_opens(tmp_path: Path, noise: Tensor) -> None:
     codec = open_codec(str(tmp_path / "codec"))
     check_contract(codec, noise)
     assert (codec.name, codec.sample_rate) == ("mel", 16000)
-    assert codec.book_sizes == fitted.book_sizes
+    assert codec.codebook_sizes == fitted.codebook_sizes
     assert codec.fingerprint == fitted.fingerprint
     (tmp_path / "codec" / "codec.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"codec.json: missing; fit the codec again"):
@@ -95,10 +94,10 @@ def test_longcat_audio_codec_opens(
     codec = open_codec(str(folder))
     check_contract(codec, noise)
     assert (codec.name, codec.sample_rate) == ("longcat", 24000)
-    assert codec.book_sizes == (8192, 8100, 8100, 8100)
+    assert codec.codebook_sizes == (8192, 8100, 8100, 8100)
 
 
-def test_the_best_decoder_is_taken_and_told(
+def test_the_best_decoder_is_taken_and_reported(
     checkpoints: Path, noise: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -141,7 +140,7 @@ def test_the_fingerprint_is_of_what_decides_the_codes(checkpoints: Path) -> None
     assert open_codec(str(checkpoints)).fingerprint != before
 
 
-def test_what_is_no_codec_is_told_what_it_lacks(tmp_path: Path) -> None:
+def test_what_is_no_codec_gets_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"codec=.*absent: no such folder. Fit one to your"):
         open_codec(str(tmp_path / "absent"))
     (tmp_path / "other.txt").write_text("")

@@ -1,4 +1,4 @@
-"""What the embedded codec refuses, and with which words."""
+"""Errors of the embedded codec and their messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vss_longcat_omni.media.audio import save_audio
 from vss_longcat_omni.speech.embedded_codec import FRAME_WIDTH, MelCodec
-from vss_longcat_omni.speech.fit_codec import choose_book_sizes, fit_codec
+from vss_longcat_omni.speech.fit_codec import choose_codebook_sizes, fit_codec
 from vss_longcat_omni.tools.fit_codec import find_recordings
 
 if TYPE_CHECKING:
@@ -46,21 +46,21 @@ def test_unusable_recordings_are_left_out_by_name(
         fit_codec([], tmp_path / "other")
 
 
-def test_too_little_speech_and_wrong_books_are_refused(tmp_path: Path, noise: Tensor) -> None:
+def test_too_little_speech_and_wrong_codebooks_are_errors(tmp_path: Path, noise: Tensor) -> None:
     save_audio(tmp_path / "short.wav", noise[:8000], sample_rate=16000)
     with pytest.raises(ValueError, match=r"0.5 s of speech in all: a codec needs at least one sec"):
         fit_codec([tmp_path / "short.wav"], tmp_path / "codec")
-    for books, message in (
+    for sizes, message in (
         ([64, 64, 64], r"books=\[64, 64, 64\]: give 4 sizes"),
         ([9000, 64, 64, 64], r"at most \[8192, 8100, 8100, 8100\]"),
         ([64, 64, 64, 1], "at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit_codec([tmp_path / "short.wav"], tmp_path / "codec", book_sizes=books)
+            fit_codec([tmp_path / "short.wav"], tmp_path / "codec", codebook_sizes=sizes)
     with pytest.raises(ValueError, match=r"max_hours=0: must be more than 0"):
         fit_codec([tmp_path / "short.wav"], tmp_path / "codec", max_hours=0)
     with pytest.raises(ValueError, match=r"400 frames of speech allow at most 100 entries"):
-        choose_book_sizes(400, (101, 2, 2, 2))
+        choose_codebook_sizes(400, (101, 2, 2, 2))
     with pytest.raises(FileNotFoundError, match="absent: no such file or folder"):
         find_recordings([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
@@ -69,17 +69,23 @@ def test_too_little_speech_and_wrong_books_are_refused(tmp_path: Path, noise: Te
     assert not (tmp_path / "codec").exists()
 
 
-def test_wrong_waveforms_and_codes_are_refused(
+def test_wrong_waveforms_and_codes_are_errors(
     tmp_path: Path, noise: Tensor, noise_file: Path
 ) -> None:
     codec = fit_codec([noise_file], tmp_path / "codec")
-    size = codec.book_sizes[1]
+    size = codec.codebook_sizes[1]
     codes = torch.zeros(3, 4, dtype=torch.long)
     for wrong, message in (
         (codes[:, :3], r"shape \(3, 3\)"),
         (codes.float(), r"torch.float32: expected integers \(N, 4\)"),
-        (codes.index_fill(1, torch.tensor(1), size), rf"code {size} in row 0, column 1 is outside"),
-        (codes - 1, r"code -1 in row 0, column 0 is outside 0..\d+: take the 32 reserved ids away"),
+        (
+            codes.index_fill(1, torch.tensor(1), size),
+            rf"code {size} in frame 0, codebook 1 is outside",
+        ),
+        (
+            codes - 1,
+            r"code -1 in frame 0, codebook 0 is outside 0..\d+: take the 32 reserved ids away",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             codec.decode(wrong)
@@ -100,7 +106,7 @@ def test_damaged_folders_are_named(tmp_path: Path, noise_file: Path) -> None:
     weights, config = folder / "codec.safetensors", folder / "codec.json"
     tensors, facts = load_file(weights), json.loads(config.read_text())
 
-    def refuses(message: str, kind: type[Exception] = ValueError) -> None:
+    def fails(message: str, kind: type[Exception] = ValueError) -> None:
         with pytest.raises(kind, match=message):
             MelCodec.load(folder)
 
@@ -114,16 +120,16 @@ def test_damaged_folders_are_named(tmp_path: Path, noise_file: Path) -> None:
         ({"more": torch.ones(1)}, r"holds \['basis', .*'more'\] instead of"),
     ):
         save_file(tensors | changed, weights)
-        refuses(message)
+        fails(message)
     weights.write_bytes(b"12345678")
-    refuses("codec.safetensors: not readable as safetensors")
+    fails("codec.safetensors: not readable as safetensors")
     weights.unlink()
-    refuses("codec.safetensors: missing; fit the codec again", FileNotFoundError)
+    fails("codec.safetensors: missing; fit the codec again", FileNotFoundError)
     config.write_text(json.dumps(facts | {"frames": "log_mel of old"}))
-    refuses("fitted over 'log_mel of old', while frames are now made as 'log_mel n_fft=640")
+    fails("fitted over 'log_mel of old', while frames are now made as 'log_mel n_fft=640")
     config.write_text("{}")
-    refuses("format=None instead of 'vss_longcat_omni mel codec 1'")
+    fails("format=None instead of 'vss_longcat_omni mel codec 1'")
     config.write_text("{")
-    refuses("codec.json: not readable as JSON")
+    fails("codec.json: not readable as JSON")
     config.unlink()
-    refuses("codec.json: missing", FileNotFoundError)
+    fails("codec.json: missing", FileNotFoundError)

@@ -1,4 +1,4 @@
-"""Parts of LongCat-Audio-Codec by hand and against torch, torchaudio: books, layers, features."""
+"""Parts of LongCat-Audio-Codec by hand, by torch and torchaudio: codebooks, layers, features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torchaudio.compliance import kaldi
 
 from tests.vss_longcat_omni.support.longcat_codec_samples import QUANTIZER
-from vss_longcat_omni.speech.longcat_codec.features import Cmvn, Fbank
+from vss_longcat_omni.speech.longcat_codec.features import Cmvn, compute_fbank
 from vss_longcat_omni.speech.longcat_codec.layers import (
     NormedConv1d,
     NormedConvTranspose1d,
@@ -26,22 +26,22 @@ def test_an_acoustic_code_is_a_pair_of_entries() -> None:
     codes = torch.randint(49, (2, 3, 5))
     found = quantizer.embed(codes)
     wanted = torch.zeros(2, 8, 5)
-    for book, part in zip(quantizer._books(), codes.unbind(1), strict=True):
-        a, b = book.codebook_a.weight[part // 7], book.codebook_b.weight[part % 7]
-        halves = book.out_proj_a(a.transpose(1, 2)), book.out_proj_b(b.transpose(1, 2))
+    for codebook, part in zip(quantizer._codebooks(), codes.unbind(1), strict=True):
+        a, b = codebook.codebook_a.weight[part // 7], codebook.codebook_b.weight[part % 7]
+        halves = codebook.out_proj_a(a.transpose(1, 2)), codebook.out_proj_b(b.transpose(1, 2))
         wanted = wanted + torch.cat(halves, dim=1)
     torch.testing.assert_close(found, wanted)
     (first,) = quantizer.embed(codes[:, :1]).unsqueeze(0)
-    torch.testing.assert_close(first, quantizer._books()[0].embed(codes[:, 0]))
+    torch.testing.assert_close(first, quantizer._codebooks()[0].embed(codes[:, 0]))
 
 
 def test_codes_come_back_from_their_vectors() -> None:
-    """Where the projections undo each other; and each book codes what the last one left."""
+    """Where the projections undo each other; and each codebook codes what the last one left."""
     quantizer = ResidualQuantizer(QUANTIZER)
-    book = quantizer._books()[0]
+    codebook = quantizer._codebooks()[0]
     with torch.no_grad():
         for half, side in enumerate("ab"):
-            up, down = getattr(book, f"out_proj_{side}"), getattr(book, f"in_proj_{side}")
+            up, down = getattr(codebook, f"out_proj_{side}"), getattr(codebook, f"in_proj_{side}")
             up.bias.zero_()
             down.bias.zero_()
             weight = torch.zeros(4, 8, 1)
@@ -50,12 +50,12 @@ def test_codes_come_back_from_their_vectors() -> None:
             down.weight_v.copy_(weight)
             down.weight_g.copy_(weight.norm(dim=(1, 2), keepdim=True))
     codes = torch.arange(49)[None]
-    vectors = book.embed(codes)
-    assert torch.equal(book.encode(vectors), codes)
-    assert torch.equal(book.encode(3 * vectors), codes)  # the angle alone decides
+    vectors = codebook.embed(codes)
+    assert torch.equal(codebook.encode(vectors), codes)
+    assert torch.equal(codebook.encode(3 * vectors), codes)  # the angle alone decides
     rest = vectors + torch.randn(1, 8, 49)
     found = quantizer.encode(rest)
-    second = quantizer._books()[1].encode(rest - book.embed(found[:, 0]))
+    second = quantizer._codebooks()[1].encode(rest - codebook.embed(found[:, 0]))
     assert torch.equal(found[:, 1], second)
 
 
@@ -96,7 +96,7 @@ def test_fbank_is_that_of_kaldi() -> None:
         waveform[None], num_mel_bins=80, low_freq=40, high_freq=-200, preemphasis_coefficient=0.97,
         remove_dc_offset=False, window_type="povey", dither=0.0, energy_floor=0.0,
     )  # fmt: skip
-    found = Fbank(80)(waveform[None])[0]
+    found = compute_fbank(waveform[None], 80)[0]
     assert found.shape == (98, 80)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
 

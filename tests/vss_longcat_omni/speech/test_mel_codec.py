@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vss_longcat_omni.media.audio import load_audio, resample, save_audio
-from vss_longcat_omni.speech import embedded_codec, log_mel
-from vss_longcat_omni.speech.embedded_codec import MelCodec, assign, compute_frames, fit_kmeans
-from vss_longcat_omni.speech.fit_codec import choose_book_sizes, fit_codec
+from vss_longcat_omni.speech import log_mel
+from vss_longcat_omni.speech.embedded_codec import MelCodec, assign, compute_frames
+from vss_longcat_omni.speech.fit_codec import choose_codebook_sizes, fit_codec, fit_kmeans
 from vss_longcat_omni.tools.fit_codec import find_recordings, main
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The answers of `data/make_vss.py`, each with its recording."""
     pytest.importorskip("espeakng_loader")
-    from data.espeak import SAMPLE_RATE, synthesise
+    from data.espeak import SAMPLE_RATE, synthesize
     from data.make_vss import ANSWER_SPEED, ANSWER_VOICE, list_answers
 
     folder = tmp_path_factory.mktemp("speech")
     paths = {}
     for number, text in enumerate(list_answers()):
-        spoken = synthesise(text, voice=ANSWER_VOICE, speed=ANSWER_SPEED, pitch=50)
+        spoken = synthesize(text, voice=ANSWER_VOICE, speed=ANSWER_SPEED, pitch=50)
         waveform = resample(torch.from_numpy(spoken / 32768).float(), SAMPLE_RATE, 16000)
         paths[text] = folder / f"{number:02d}" / "output.wav"
         save_audio(paths[text], waveform, sample_rate=16000)
@@ -60,15 +60,15 @@ def noise_file(tmp_path: Path, noise: Tensor) -> Path:
 
 
 def load_grammar(sentences: list[str]) -> Callable[[Tensor], str]:
-    """PocketSphinx, which hears one of these sentences."""
+    """PocketSphinx, which recognizes one of these sentences."""
     decoder = pytest.importorskip("pocketsphinx").Decoder(samprate=16000, loglevel="FATAL", lm=None)
     decoder.add_jsgf_string(
         "answers", f"#JSGF V1.0; grammar a; public <a> = {' | '.join(sentences)};"
     )
     decoder.activate_search("answers")
 
-    def hear(waveform: Tensor) -> str:
-        decoder.reinit_feat()  # else it adapts to what it heard before
+    def transcribe(waveform: Tensor) -> str:
+        decoder.reinit_feat()  # else it adapts to what it was given before
         decoder.start_utt()
         pcm = (waveform * 32767).to(torch.int16).numpy().tobytes()
         decoder.process_raw(pcm, no_search=False, full_utt=True)
@@ -76,22 +76,22 @@ def load_grammar(sentences: list[str]) -> Callable[[Tensor], str]:
         found = decoder.hyp()
         return "" if found is None else found.hypstr
 
-    return hear
+    return transcribe
 
 
 # What it does
 
 
-def test_what_was_said_is_understood_through_four_codes_a_frame(
+def test_speech_is_understood_through_four_codes_a_frame(
     clips: dict[str, Path], codec: MelCodec
 ) -> None:
-    hear = load_grammar(list(clips))
+    transcribe = load_grammar(list(clips))
     through = {text: codec.decode(codec.encode(load_audio(path))) for text, path in clips.items()}
-    heard = {text: hear(waveform) for text, waveform in through.items()}
-    assert sum(text == found for text, found in heard.items()) >= len(clips) - 1
-    # The judge can fail: backwards nothing is understood.
-    heard = {text: hear(waveform.flip(0)) for text, waveform in through.items()}
-    assert sum(text == found for text, found in heard.items()) < len(clips) / 2
+    found = {text: transcribe(waveform) for text, waveform in through.items()}
+    assert sum(text == other for text, other in found.items()) >= len(clips) - 1
+    # The evaluator can fail: backwards nothing is understood.
+    found = {text: transcribe(waveform.flip(0)) for text, waveform in through.items()}
+    assert sum(text == other for text, other in found.items()) < len(clips) / 2
 
 
 @pytest.mark.parametrize("num_samples", [1, 959, 960, 961, 5000])
@@ -119,12 +119,12 @@ def test_the_same_codes_give_the_same_samples(codec: MelCodec, noise: Tensor) ->
     assert codec.decode(codes[:0]).shape == (0,)
 
 
-def test_each_book_tells_more(clips: dict[str, Path], codec: MelCodec) -> None:
+def test_each_codebook_adds_detail(clips: dict[str, Path], codec: MelCodec) -> None:
     frames = torch.cat([compute_frames(load_audio(path)) for path in clips.values()])
     codes = torch.cat([codec.encode(load_audio(path)) for path in clips.values()])
     known, errors = codec.mean.expand_as(frames), []
-    for column, book in enumerate(codec.books):
-        known = known + book[codes[:, column]] @ codec.basis.T
+    for column, codebook in enumerate(codec.codebooks):
+        known = known + codebook[codes[:, column]] @ codec.basis.T
         errors.append(float((frames - known).square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 5
@@ -156,7 +156,7 @@ def test_fits_repeat_and_a_repeated_recording_counts_once(
 ) -> None:
     paths = list(clips.values())
     again = fit_codec([*paths, *paths], tmp_path / "again")
-    assert again.book_sizes == codec.book_sizes
+    assert again.codebook_sizes == codec.codebook_sizes
     few = [fit_codec(paths[:6], tmp_path / f"few{seed}", seed=seed) for seed in (0, 1)]
     same = fit_codec(paths[:6], tmp_path / "same", seed=0)
     assert same.fingerprint == few[0].fingerprint
@@ -164,9 +164,9 @@ def test_fits_repeat_and_a_repeated_recording_counts_once(
 
 
 def test_written_codec_is_the_fitted_one(tmp_path: Path, noise: Tensor, noise_file: Path) -> None:
-    fitted = fit_codec([noise_file], tmp_path / "a" / "codec", book_sizes=[8, 4, 2, 2])
+    fitted = fit_codec([noise_file], tmp_path / "a" / "codec", codebook_sizes=[8, 4, 2, 2])
     loaded = MelCodec.load(tmp_path / "a" / "codec")
-    assert loaded.book_sizes == fitted.book_sizes == (8, 4, 2, 2)
+    assert loaded.codebook_sizes == fitted.codebook_sizes == (8, 4, 2, 2)
     assert loaded.fingerprint == fitted.fingerprint
     codes = fitted.encode(noise)
     assert torch.equal(loaded.encode(noise), codes)
@@ -196,34 +196,36 @@ def test_a_killed_fit_leaves_no_codec(
         fit_codec([noise_file], tmp_path / "codec")
 
 
-def test_book_sizes_follow_the_amount_of_speech() -> None:
-    assert choose_book_sizes(17, None) == (4, 4, 4, 4)
-    assert choose_book_sizes(307, None) == (70, 70, 70, 70)
-    assert choose_book_sizes(14_400, None) == (480, 480, 480, 480)
-    assert choose_book_sizes(10_000_000, None) == (8192, 8100, 8100, 8100)
-    assert choose_book_sizes(400, (100, 50, 20, 2)) == (100, 50, 20, 2)
+def test_codebook_sizes_follow_the_amount_of_speech() -> None:
+    assert choose_codebook_sizes(17, None) == (4, 4, 4, 4)
+    assert choose_codebook_sizes(307, None) == (70, 70, 70, 70)
+    assert choose_codebook_sizes(14_400, None) == (480, 480, 480, 480)
+    assert choose_codebook_sizes(10_000_000, None) == (8192, 8100, 8100, 8100)
+    assert choose_codebook_sizes(400, (100, 50, 20, 2)) == (100, 50, 20, 2)
 
 
-def test_kmeans_finds_the_groups_and_leaves_no_centre_without_points(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_kmeans_finds_the_groups_and_leaves_no_centroid_without_points() -> None:
     generator = torch.Generator().manual_seed(0)
     groups = torch.randn(6, 5, generator=generator) * 10
     # Nearly all points are of the first group, as of silence.
     numbers = torch.cat([torch.zeros(500, dtype=torch.long), torch.arange(6).repeat(8)])
     points = groups[numbers] + 0.1 * torch.randn(len(numbers), 5, generator=generator)
     centroids = fit_kmeans(points, 12, seed=0)
+    assert centroids.dtype == torch.float32
     ids = assign(points, centroids)
     assert torch.equal(ids, torch.cdist(points, centroids).argmin(1))
     assert float((points - centroids[ids]).norm(dim=1).max()) < 1
+    assert len(ids.unique()) == 12
     assert torch.equal(fit_kmeans(points, 12, seed=0), centroids)
-    with pytest.raises(ValueError, match="548 points cannot make 549 centres"):
+    assert not torch.equal(fit_kmeans(points, 12, seed=1), centroids)
+    with pytest.raises(ValueError, match="548 points cannot make 549 centroids"):
         fit_kmeans(points, 549)
-    # Of twelve equal starts eleven get no point.
-    monkeypatch.setattr(
-        embedded_codec, "_spread_starts", lambda points, *_: points[:1].repeat(12, 1)
-    )
-    assert len(assign(points, fit_kmeans(points, 12)).unique()) == 12
+
+
+def test_without_scikit_learn_the_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(ValueError, match=r"pip install scikit-learn`, or name a codec .*--codec"):
+        fit_kmeans(torch.zeros(4, 2), 2)
 
 
 # Commands
@@ -238,7 +240,7 @@ def test_commands_fit_and_speak(
     assert answers == sorted(clips.values())  # no questions
     out = tmp_path / "codec"
     assert main(["fit", str(folder), "--out", str(out), "--books", "30", "20", "10", "5"]) == 0
-    assert "books of 30, 20, 10, 5" in capsys.readouterr().out
+    assert "codebooks of 30, 20, 10, 5" in capsys.readouterr().out
     spoken = tmp_path / "spoken.wav"
     assert main(["round-trip", str(answers[0]), str(spoken), "--codec", str(out)]) == 0
     length = len(load_audio(answers[0]))

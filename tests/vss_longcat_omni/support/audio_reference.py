@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torchaudio.compliance import kaldi
 
 from vss_longcat_omni.media.cmvn import Cmvn
 from vss_longcat_omni.media.fbank import (
     Fbank,
     FbankConfig,
-    analysis_tables,
     compute_frames,
     compute_log_mel,
     num_audio_tokens,
@@ -40,7 +40,7 @@ def compare_fbank(path: Path) -> Iterator[tuple[str, float]]:
 
     Relative to the largest entry, but absolute and scaled for what comes after a logarithm and for
     the filters (above). Of `length_table`, tokens in a batch under 400 samples are not compared:
-    there the official features and the official calculator differ, and ours refuse the clip.
+    there the official features and the official calculator differ, and ours raise for the clip.
     """
     cases, metadata = read_tensors(path)
     lengths = cases["waveform_lengths"].tolist()
@@ -58,7 +58,7 @@ def compare_fbank(path: Path) -> Iterator[tuple[str, float]]:
 def compare_configuration(
     name: str, config: FbankConfig, stats: Tensor, clips: list[Tensor], cases: dict[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    window, filters = analysis_tables(config)
+    window, filters = kaldi_tables(config)
     cmvn = Cmvn.from_stats(stats)
     yield f"{name}.window", relative_error(window, cases[f"{name}.window"])
     error = absolute_error(filters, cases[f"{name}.mel_banks"])
@@ -82,6 +82,19 @@ def compare_configuration(
     yield f"{name}.token_lengths", exact_error(num_tokens, cases[f"{name}.token_lengths"])
     table = cases[f"{name}.length_table"]
     yield f"{name}.length_table", exact_error(length_table(config, table), table)
+
+
+def kaldi_tables(config: FbankConfig) -> tuple[Tensor, Tensor]:
+    """Window and (fft size / 2 + 1, M) filters that torchaudio's filter bank uses."""
+    size = config.num_window_samples
+    make_window: Any = kaldi._feature_window_function  # its annotation of a dtype is wrong
+    window = make_window("povey", size, 0.42, torch.device("cpu"), torch.float32)
+    low, high = config.mel_limits
+    fft_size = 2 ** (size - 1).bit_length()
+    filters, _ = kaldi.get_mel_banks(
+        config.num_mel_bins, fft_size, config.freq, low, high, 100, -500, 1.0
+    )
+    return window, nn.functional.pad(filters, (0, 1)).T
 
 
 def length_table(config: FbankConfig, official: Tensor) -> list[list[int]]:

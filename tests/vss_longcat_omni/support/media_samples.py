@@ -28,7 +28,7 @@ def paint(number: int, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarra
 
 
 def read_number(picture: np.ndarray) -> int:
-    """Which painted frame (H, W, 3) is; the red of its stripes tells it in both halves."""
+    """Which painted frame (H, W, 3) is; the red of its stripes shows it in both halves."""
     width = picture.shape[1]
     middles = [picture[:, (2 * bit + 1) * width // 16, 0].mean() for bit in range(8)]
     return sum((middle > 110) << bit for bit, middle in enumerate(middles))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from vss_longcat_omni.dataset.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
-from vss_longcat_omni.dataset.interleave import Part, plan_audio, plan_interleaved
+from vss_longcat_omni.dataset.interleave import Part, plan_interleaved
 from vss_longcat_omni.dataset.special_tokens import (
     BOS_TOKEN,
     EOS_TOKEN,
@@ -105,7 +105,9 @@ def read_items(content: dict[str, Any]) -> list[TextItem | MediaItem | VoiceItem
         return [TextItem(main)]
     if kind == "audio":
         check_keys(main, "samples")
-        return [MediaItem(plan_audio(num_audio_tokens(main["samples"])))]
+        count = num_audio_tokens(main["samples"])
+        pads = (Part("audio_pads", count=count),) if count else ()
+        return [MediaItem((Part("audio_begin"), *pads, Part("audio_end")))]
     if kind == "audio_codec":
         check_keys(meta, "codec_ids")
         return [read_voice(main, meta["codec_ids"])]
@@ -117,15 +119,31 @@ def read_items(content: dict[str, Any]) -> list[TextItem | MediaItem | VoiceItem
         raise ValueError(f"unknown type of content: {kind!r}")
     check_keys(meta, "frame_secs image_token_num frame_sample_strategy "
                "sequential_sample_num_frame_per_sec")  # fmt: skip
+    strategy = meta.get("frame_sample_strategy", "sequential")
     parts = plan_interleaved(
         meta["frame_secs"],
         meta["image_token_num"],
         num_audio_tokens(main["samples"]) if kind == "multimodal_interleaved" else 0,
-        strategy=meta.get("frame_sample_strategy", "sequential"),
+        strategy=strategy,
         units_per_second=meta.get("sequential_sample_num_frame_per_sec", 1),
-        official_tags=kind == "multimodal_interleaved",
     )
+    if kind == "multimodal_interleaved" and strategy == "average":
+        parts = with_official_tags(parts)
     return [MediaItem(parts)]
+
+
+def with_official_tags(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """A plan of the strategy `average` with the tags that the official code writes: no closing one
+    when there is one unit, and tags around no sound."""
+    units = [number for number, part in enumerate(parts) if part.kind == "image_tokens"]
+    if any(part.kind == "audio_pads" for part in parts):
+        return tuple(p for p in parts if p.kind != "audio_end" or len(units) > 1)
+    found: list[Part] = []
+    for number, part in enumerate(parts):
+        found.append(part)
+        if number in units:
+            found.append(Part("audio_begin" if number == units[0] else "audio_end"))
+    return tuple(found)
 
 
 def read_voice(text: str, codec_ids: list[list[list[int]]]) -> VoiceItem:

@@ -58,7 +58,7 @@ def build_official_encoder(folder: Path, scratch: Path, config: EncoderConfig | 
             input_sample_rate=sizes["input_sample_rate"],
             semantic_tokenizer_type=sizes["semantic_tokenizer_type"],
         )
-    return randomise(official, gain=1.4)
+    return randomize(official, gain=1.4)
 
 
 def change_sizes(
@@ -113,12 +113,12 @@ def build_official_decoder(config: DecoderConfig, settings: Path | None = None) 
         codebook_dim=sizes["codec_codebook_search_dim"],
         semantic_token_nums=sizes["semantic_token_nums"],
     )
-    return randomise(official, gain=1.1)  # more, and rounding errors grow from layer to layer
+    return randomize(official, gain=1.1)  # more, and rounding errors grow from layer to layer
 
 
 @torch.no_grad()
-def spread_centres(official: Any, clip: Tensor) -> None:
-    """Makes semantic states of (T,) speech centres: with random ones alone all may fall to one."""
+def spread_centroids(official: Any, clip: Tensor) -> None:
+    """Makes centroids of (T,) speech's semantic states: with random ones all may fall to one."""
     tokenizer = official.semantic_tokenizer
     states = tokenizer(clip[None] * 32767, torch.tensor([len(clip)]))[2][0]  # (N, C)
     codebook = tokenizer.kmeans.codebook
@@ -128,7 +128,7 @@ def spread_centres(official: Any, clip: Tensor) -> None:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, *, gain: float) -> nn.Module:
+def randomize(model: nn.Module, *, gain: float) -> nn.Module:
     """Norms, biases and snakes as well; all of it exact in half precision, for a small record."""
     for name, value in model.named_parameters():
         if name.endswith("bias") or ".bias_" in name:

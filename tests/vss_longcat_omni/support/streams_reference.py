@@ -21,9 +21,10 @@ from tests.vss_longcat_omni.support.official_json import (
     read_sampling,
     read_turn,
     read_voice,
+    with_official_tags,
 )
 from vss_longcat_omni.dataset import template
-from vss_longcat_omni.dataset.conversation import Segment, Turn, VoiceItem
+from vss_longcat_omni.dataset.conversation import Segment, TextItem, Turn, VoiceItem
 from vss_longcat_omni.dataset.interleave import AUDIO_TOKEN_SECONDS, plan_interleaved
 from vss_longcat_omni.dataset.special_tokens import CodecIds, SpecialTokens, read_special_tokens
 from vss_longcat_omni.inference.answer import clean_text, decode_text, undo_delay
@@ -42,7 +43,7 @@ AUDIO_LENGTH = "frames=(n-400)//160+1, tokens=(frames+7)//8"
 
 
 def compare_rows(path: Path) -> Iterator[tuple[str, float]]:
-    """Answers as rows, whole conversations, and what becomes of a text that is too long."""
+    """Answers as frames, whole conversations, and what becomes of a text that is too long."""
     data = read_json(path, "tokenizer role_ids conversions conversations too_long_fallback")
     config = data["config"]
     for key, wanted in {"use_text_instruction": True, "add_round_idx": False}.items():
@@ -67,8 +68,8 @@ def compare_rows(path: Path) -> Iterator[tuple[str, float]]:
         yield from compare_conversation(case, tokenizer, tokens)
     case = data["too_long_fallback"]
     turns = [read_turn(message) for message in case["messages"]]
-    yield exact("too_long_fallback: refused", is_refused(turns, tokenizer, tokens), True)
-    streams = template.build_streams(template.drop_speech(turns), tokenizer, tokens=tokens)
+    yield exact("too_long_fallback: error", is_error(turns, tokenizer, tokens), True)
+    streams = template.build_streams(drop_speech(turns), tokenizer, tokens=tokens)
     mask = (streams.roles == template.ROLE_ASSISTANT).int()
     found = streams_as_json(streams, tokenizer, text="decoded") | {"assistant_mask": mask.tolist()}
     for key in sorted(set(case) - {"messages"}):
@@ -76,10 +77,26 @@ def compare_rows(path: Path) -> Iterator[tuple[str, float]]:
         yield exact(f"too_long_fallback.{key}", ours, case[key])
 
 
+def drop_speech(turns: list[Turn]) -> list[Turn]:
+    """Every spoken answer as plain text, which is what the official batch encoder makes, without a
+    word to the user, of a conversation for which `build_streams` raises."""
+
+    def as_text(item: Any) -> Any:
+        is_voice = isinstance(item, VoiceItem)
+        return TextItem("".join(s.text or "" for s in item.segments)) if is_voice else item
+
+    return [
+        Turn("assistant", tuple(map(as_text, turn.items)))
+        if turn.role == "voice assistant"
+        else turn
+        for turn in turns
+    ]
+
+
 def compare_conversion(
     case: dict[str, Any], tokenizer: Any, tokens: SpecialTokens
 ) -> Iterator[tuple[str, float]]:
-    """One voice answer without its prefix, or its refusal."""
+    """One voice answer without its prefix, or its error."""
     check_keys(case, "name text codec_ids text_pad_only tokenized_parts text_stream audio_streams "
                "rows error")  # fmt: skip
     item = read_voice(case["text"], case["codec_ids"])
@@ -94,14 +111,14 @@ def compare_conversion(
         item = VoiceItem(tuple(Segment(None, segment.codes) for segment in item.segments))
     turn = Turn("voice assistant", (item,))
     if "error" in case:
-        yield exact(f"{case['name']}.error", is_refused([turn], tokenizer, tokens), True)
+        yield exact(f"{case['name']}.error", is_error([turn], tokenizer, tokens), True)
         return
     streams = template.build_streams([turn], tokenizer, tokens=tokens)
     body = streams.roles == template.ROLE_ASSISTANT
     yield exact(f"{case['name']}.rows", int(body.sum()), case["rows"])
     yield exact(f"{case['name']}.text", streams.input_ids[body].tolist(), case["text_stream"])
-    rows = streams.audio_ids[body].T.tolist()
-    yield exact(f"{case['name']}.audio_streams", rows, case["audio_streams"])
+    frames = streams.audio_ids[body].T.tolist()
+    yield exact(f"{case['name']}.audio_streams", frames, case["audio_streams"])
 
 
 def compare_conversation(
@@ -181,8 +198,9 @@ def compare_plan(
         strategy=sample.strategy,
         units_per_second=case["meta"].get("sequential_sample_num_frame_per_sec", 1),
         chunk_seconds=case["chunk_seconds"],
-        official_tags=True,
     )
+    if sample.strategy == "average":
+        parts = with_official_tags(parts)
     yield exact(f"{name}.segments", [part_as_json(part) for part in parts], case["segments"])
     tokenizer = character_tokenizer()
     ids = template.encode_media(parts, tokenizer, tokens=read_special_tokens(tokenizer))
@@ -205,8 +223,8 @@ def compare_post(path: Path) -> Iterator[tuple[str, float]]:
         codes = frames - codec.offset
         if "codec_ids" in case:
             given = [torch.tensor(segment) for segment in case["codec_ids"]]
-            rows = torch.cat([template.delay_codes(segment, codec=codec) for segment in given])
-            yield exact(f"{name}.rows", rows.tolist(), case["rows"])
+            delayed = torch.cat([template.delay_codes(segment, codec=codec) for segment in given])
+            yield exact(f"{name}.rows", delayed.tolist(), case["rows"])
             is_equal = torch.equal(codes, torch.cat(given))
             yield exact(f"{name}.round_trip_equal", is_equal, case["round_trip_equal"])
         if "decoder_semantic" in case:
@@ -254,7 +272,7 @@ def compare_embed(path: Path) -> Iterator[tuple[str, float]]:
         raise ValueError(f"tensors that nothing compares: {sorted(left)}")
 
 
-def is_refused(turns: list[Turn], tokenizer: Any, tokens: SpecialTokens) -> bool:
+def is_error(turns: list[Turn], tokenizer: Any, tokens: SpecialTokens) -> bool:
     try:
         template.build_streams(turns, tokenizer, tokens=tokens)
     except ValueError:

@@ -51,9 +51,9 @@ def randomize(model: torch.nn.Module, *, seed: int = 0) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or "inv_freq" in name:
             continue
-        centre = 1.0 if "norm" in name and tensor.ndim == 1 else 0.0
+        center = 1.0 if "norm" in name and tensor.ndim == 1 else 0.0
         scale = 0.02 if "correction" in name else tensor.shape[-1] ** -0.5 * 1.5
-        tensor.copy_(centre + scale * torch.randn(tensor.shape, generator=generator))
+        tensor.copy_(center + scale * torch.randn(tensor.shape, generator=generator))
 
 
 VISION: dict[str, Any] = {
@@ -83,15 +83,15 @@ def make_example(seed: int, *, num_text: int, num_frames: int, has_media: bool =
 
     media = [tokens.image_pad] * 2 + [tokens.audio_pad] * 3 if has_media else []
     prompt = torch.tensor([150, *media, 151])
-    rows = delay_codes(draw(0, 32, num_frames, 4), codec=tokens.codec)
-    text = torch.full((len(rows),), tokens.pad)
+    frames = delay_codes(draw(0, 32, num_frames, 4), codec=tokens.codec)
+    text = torch.full((len(frames),), tokens.pad)
     text[:num_text] = draw(160, 290, num_text)
     text[num_text] = tokens.eos
     silence = torch.full((len(prompt), 4), tokens.codec.pad)
     streams = Streams(
         torch.cat([prompt, text]),
-        torch.cat([silence, rows]),
-        torch.tensor([ROLE_USER] * len(prompt) + [ROLE_ASSISTANT] * len(rows)),
+        torch.cat([silence, frames]),
+        torch.tensor([ROLE_USER] * len(prompt) + [ROLE_ASSISTANT] * len(frames)),
     )
     text_labels, audio_labels = build_labels(streams, tokens=tokens)
     return Example(

@@ -169,7 +169,7 @@ def compare_geometry(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def compare_size(case: dict[str, Any], config: PixelConfig) -> tuple[str, float]:
-    """A picture, or a video where the case tells its frames."""
+    """A picture, or a video where the case has frames."""
     height, width, frames = case["height"], case["width"], case.get("frames", 1)
     rows, columns = resized_size(height, width, num_frames=frames, config=config)
     grid, *_ = unit_grids(height, width, num_frames=frames, config=config)
@@ -228,7 +228,7 @@ def compare_conversation(case: dict[str, Any], config: dict[str, Any]) -> tuple[
 
 
 def exact(name: str, found: Any, wanted: Any) -> tuple[str, float]:
-    """(name, 0.0), or infinity behind a name that tells the first difference."""
+    """(name, 0.0), or infinity behind a name that has the first difference."""
     if found == wanted:
         return name, 0.0
     if isinstance(found, dict) and isinstance(wanted, dict):

@@ -1,4 +1,4 @@
-"""Sizes of LongCat-Audio-Codec; the defaults are those of the released checkpoints.
+"""Holds the sizes of LongCat-Audio-Codec; the defaults are those of the released checkpoints.
 
 Source: the YAML files of meituan-longcat/LongCat-Audio-Codec (MIT), `configs/` and
 `semantic_tokenizer_general/configs/`. All else is fixed by the architecture.
@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 SAMPLE_RATE = 16_000  # of what is encoded
 HOP = 960  # samples a frame: 60 ms
 MAX_FRAMES = 500  # of one piece of speech: the official encoder takes 30 s
-FRAME_RATE = SAMPLE_RATE / HOP
 
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """The transformer whose states are clustered to semantic codes."""
+    """Sizes the transformer whose states are clustered to semantic codes."""
 
     num_mel_bins: int = 80
     d_model: int = 1280
@@ -31,7 +30,7 @@ class SemanticConfig:
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """Residual books; an acoustic code is a pair of entries, of `codebook_size` each."""
+    """Sizes residual codebooks; an acoustic code is a pair of entries, of `codebook_size` each."""
 
     dim: int = 1024
     num_codebooks: int = 3
@@ -41,7 +40,7 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """LongCatAudioCodec_encoder.pt."""
+    """Sizes LongCatAudioCodec_encoder.pt."""
 
     width: int = 64
     rates: tuple[int, ...] = (4, 5, 6, 8)
@@ -62,7 +61,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """LongCatAudioCodec_decoder_24k_4codebooks.pt. The 16 kHz decoder is not causal."""
+    """Sizes LongCatAudioCodec_decoder_24k_4codebooks.pt. The 16 kHz decoder is not causal."""
 
     sample_rate: int = 24_000
     width: int = 1536
@@ -83,7 +82,7 @@ class DecoderConfig:
 
     @property
     def is_causal(self) -> bool:
-        """Whether a sample depends on no frame after the third to come."""
+        """Say whether a sample depends on no frame after the third to come."""
         return self.sample_rate == 24_000
 
 

@@ -1,7 +1,7 @@
-"""Decoder: semantic and acoustic codes -> embeddings -> LSTM -> transposed convolutions -> speech.
+"""Decodes semantic and acoustic codes: embeddings -> LSTM -> transposed convolutions -> speech.
 
-Last in the data flow. Source: `networks/decoders/mem_decoders.py` and `LongCatAudioCodecDecoder` of
-LongCat-Audio-Codec.
+It is last in the data flow. Source: `networks/decoders/mem_decoders.py` and
+`LongCatAudioCodecDecoder` of LongCat-Audio-Codec.
 
 The 24 kHz decoders look three frames (180 ms) ahead, in their first convolution. The 16 kHz one
 looks further: its other convolutions are not causal.
@@ -32,7 +32,7 @@ LOOK_AHEAD = 3  # frames
 
 
 class Memory(nn.Module):
-    """Two LSTMs, each with a norm; no residual path. (B, C, N) -> (B, C, N)."""
+    """Has two LSTMs, each with a norm, and no residual path. (B, C, N) -> (B, C, N)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Memory(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """(B, C, T) -> (B, C / 2, T * stride)."""
+    """Maps (B, C, T) to (B, C / 2, T * stride)."""
 
     def __init__(self, channels: int, stride: int, *, is_causal: bool) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class MemoryDecoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, N) -> (B, T) in [-1, 1]."""
+        """Decode (B, C, N) to (B, T) in [-1, 1]."""
         for memory in self.mem_layers:
             x = memory(x)
         return self.model(x).squeeze(1)
@@ -97,7 +97,7 @@ class SemanticEmbedding(nn.Module):
         self.dequant = nn.Embedding(size, dim)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, N) -> (B, C, N)."""
+        """Embed (B, N) to (B, C, N)."""
         return self.dequant(codes).transpose(1, 2)
 
 
@@ -112,7 +112,7 @@ class LongCatDecoder(nn.Module):
         self.semantic_dequantizer = SemanticEmbedding(config.semantic_size, config.semantic_dim)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, N, 1 + Q) codes, Q from 1 to the decoder's books -> (B, T)."""
+        """Decode (B, N, 1 + Q) codes, Q from 1 to the decoder's codebooks, to (B, T)."""
         semantic = self.semantic_dequantizer(codes[..., 0])
         acoustic = self.acoustic_quantizer.embed(codes[..., 1:].transpose(1, 2))
         return self.decoder(torch.cat((semantic, acoustic), dim=1))

@@ -1,4 +1,4 @@
-"""What the encoder checkpoint holds: speech -> 1 semantic and 3 acoustic codes a frame.
+"""Encodes speech to 1 semantic and 3 acoustic codes a frame, by what the checkpoint holds.
 
 Source: `LongCatAudioCodecEncoder` of LongCat-Audio-Codec. The two paths share nothing.
 """
@@ -26,12 +26,8 @@ class LongCatEncoder(nn.Module):
         self.acoustic_quantizer = ResidualQuantizer(config.quantizer)
         self.semantic_tokenizer = SemanticTokenizer(config.semantic)
 
-    def forward(self, waveforms: Tensor, num_codes: Tensor | None = None) -> Tensor:
-        """(B, T) in [-1, 1], T a multiple of 960 -> (B, T / 960, 1 + books) int64.
-
-        `num_codes` (B,): frames of each clip, None when all are whole. What lies behind a clip
-        changes none of its codes; zeros are to fill up its last frame.
-        """
-        semantic = self.semantic_tokenizer(waveforms, num_codes)  # (B, N)
-        acoustic = self.acoustic_quantizer.encode(self.encoder(waveforms, num_codes))  # (B, Q, N)
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Encode (B, T) in [-1, 1], T a multiple of 960, to (B, T / 960, 1 + codebooks) int64."""
+        semantic = self.semantic_tokenizer(waveforms)  # (B, N)
+        acoustic = self.acoustic_quantizer.encode(self.encoder(waveforms))  # (B, Q, N)
         return torch.cat((semantic.unsqueeze(-1), acoustic.transpose(1, 2)), dim=-1)

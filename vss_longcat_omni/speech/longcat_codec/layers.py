@@ -1,25 +1,20 @@
-"""What several parts share: normed convolutions, snake, residual units, the nearest entry.
+"""Holds what several parts share: normed convolutions, snake, residual units, the nearest entry.
 
 Source: `networks/modules/` of LongCat-Audio-Codec, after descriptinc/descript-audio-codec. Layers
-without weights stand in the lists as well: their places are in the official names.
+without weights are in the lists as well: their places are in the official names.
 
 B batch, C channels, T time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 
 class NormedConv1d(nn.Module):
-    """Convolution whose weight is `weight_v` scaled to norm `weight_g` along dimension 0."""
+    """Convolves with `weight_v` scaled to norm `weight_g` along dimension 0."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
@@ -36,7 +31,7 @@ class NormedConv1d(nn.Module):
 
 
 class NormedConvTranspose1d(nn.Module):
-    """As `NormedConv1d`; dimension 0 of a transposed convolution's weight is its input."""
+    """Transposes `NormedConv1d`; dimension 0 of its weight is its input."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int,
@@ -55,7 +50,7 @@ class NormedConvTranspose1d(nn.Module):
 
 
 def split_weight(conv: nn.Conv1d | nn.ConvTranspose1d) -> tuple[nn.Parameter, ...]:
-    """(weight_g, weight_v, bias) of a freshly initialised convolution."""
+    """Return (weight_g, weight_v, bias) of a freshly initialized convolution."""
     weight = conv.weight.detach()
     assert conv.bias is not None
     norm = weight.norm(dim=(1, 2), keepdim=True)
@@ -67,7 +62,7 @@ def join_weight(weight_g: Tensor, weight_v: Tensor) -> Tensor:
 
 
 class Snake1d(nn.Module):
-    """x + sin(alpha x)^2 / alpha, with an alpha for each channel; keeps zeros."""
+    """Computes x + sin(alpha x)^2 / alpha, with an alpha for each channel; keeps zeros."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -78,7 +73,7 @@ class Snake1d(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions beside a residual path; causal ones look back only."""
+    """Has two convolutions beside a residual path; causal ones look back only."""
 
     def __init__(self, channels: int, dilation: int, *, is_causal: bool) -> None:
         super().__init__()
@@ -94,24 +89,13 @@ class ResidualUnit(nn.Module):
             NormedConv1d(channels, channels, 1),
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, T) -> (B, C, T); see `run_masked` for `mask`."""
-        return x + run_masked(self.block, x, mask)
-
-
-def run_masked(layers: Iterable[nn.Module], x: Tensor, mask: Tensor | None) -> Tensor:
-    """The layers in turn, each seeing zeros where `mask` (B, 1, T) is False.
-
-    A shorter clip then meets, behind its end, what convolutions pad with when it is alone.
-    """
-    for layer in layers:
-        x = x if mask is None else x * mask
-        x = layer(x, mask) if isinstance(layer, ResidualUnit) else layer(x)
-    return x
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, T) to (B, C, T)."""
+        return x + self.block(x)
 
 
 def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
-    """(..., d), (E, d) -> (...): the entry at the least distance, as |v|^2 + |e|^2 - 2 v e.
+    """Find the nearest entry (...) of (E, d) to (..., d), by |v|^2 + |e|^2 - 2 v e.
 
     |v|^2 decides nothing, but its rounding does where two entries are all but equally near; the
     official code has it.

@@ -4,7 +4,7 @@
     ckpts/LongCatAudioCodec_decoder_{16k_4codebooks,24k_2codebooks,24k_4codebooks}.pt
 
 Nothing is downloaded here, and no pickled code runs. The official loader calls torch.load with its
-defaults too, which since torch 2.6 refuse whatever is not a tensor.
+defaults too, by which since torch 2.6 whatever is not a tensor is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAUSAL_KEY = "decoder.model.7.bias"
 def load_encoder(
     path: Path, *, cmvn_file: Path | None = None, config: EncoderConfig | None = None
 ) -> LongCatEncoder:
-    """The encoder in evaluation mode, on the CPU, float32.
+    """Load the encoder in evaluation mode, on the CPU, float32.
 
     Args:
         cmvn_file: statistics of the features; by default beside the checkpoint, under the released
@@ -68,7 +68,7 @@ def load_encoder(
 
 
 def load_decoder(path: Path, *, config: DecoderConfig | None = None) -> LongCatDecoder:
-    """The decoder in evaluation mode, on the CPU, float32; errors as `load_encoder`.
+    """Load the decoder in evaluation mode, on the CPU, float32; errors as `load_encoder`.
 
     Args:
         config: by default the released one that the checkpoint is of.
@@ -86,7 +86,7 @@ def load_decoder(path: Path, *, config: DecoderConfig | None = None) -> LongCatD
 
 
 def find_decoder_config(state: dict[str, Tensor]) -> DecoderConfig:
-    """The released decoder of this layout, with as many books as the state dict has."""
+    """Find the released decoder of this layout, with as many codebooks as the state dict has."""
     released = RELEASED_DECODERS["24k_4codebooks" if CAUSAL_KEY in state else "16k_4codebooks"]
     num_codebooks = sum(key.endswith(".codebook_a.weight") for key in state)
     quantizer = replace(released.quantizer, num_codebooks=max(1, num_codebooks))
@@ -94,7 +94,7 @@ def find_decoder_config(state: dict[str, Tensor]) -> DecoderConfig:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A flat state dict, on the CPU, its floating-point tensors as float32.
+    """Read a flat state dict, on the CPU, its floating-point tensors as float32.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -124,7 +124,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def set_state(
     model: nn.Module, state: dict[str, Tensor], path: Path, *, may_lack: str = "\0"
 ) -> list[str]:
-    """Gives the tensors to `model`; returns the names that it has no place for.
+    """Give the tensors to `model`; return the names that it has no place for.
 
     Raises ValueError where tensors are missing (but those that begin with `may_lack`) or have
     another shape.

@@ -1,11 +1,12 @@
-"""Acoustic codes: vectors -> residual books of two groups each -> codes, and back to vectors.
+"""Quantizes vectors to acoustic codes by residual codebooks of two groups each, and back.
 
-Between `acoustic_encoder.py` and the codes, and between the codes and `decoder.py` (each of the two
-checkpoints has its own). Source: `networks/quantizers/auto_grvq.py` of LongCat-Audio-Codec.
+It is between `acoustic_encoder.py` and the codes, and between the codes and `decoder.py` (each of
+the two checkpoints has its own). Source: `networks/quantizers/auto_grvq.py` of LongCat-Audio-Codec.
 
-A book looks up two entries of 90 in its own learned 8 dimensions each, by angle; code = 90 a + b.
+A codebook looks up two entries of 90 in its own learned 8 dimensions each, by angle; the code is
+90 a + b.
 
-B batch, D width, N frames, Q books.
+B batch, D width, N frames, Q codebooks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GroupQuantizer(nn.Module):
-    """One book: group a makes the first half of the vector, group b the second."""
+    """One codebook: group a makes the first half of the vector, group b the second."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -37,13 +38,13 @@ class GroupQuantizer(nn.Module):
         self.codebook_b = nn.Embedding(config.codebook_size, codebook_dim)
 
     def encode(self, vectors: Tensor) -> Tensor:
-        """(B, D, N) -> (B, N) codes."""
+        """Encode (B, D, N) to codes (B, N)."""
         a = nearest_angle(self.in_proj_a(vectors), self.codebook_a.weight)
         b = nearest_angle(self.in_proj_b(vectors), self.codebook_b.weight)
         return a * self.codebook_size + b
 
     def embed(self, codes: Tensor) -> Tensor:
-        """(B, N) -> (B, D, N)."""
+        """Embed (B, N) to (B, D, N)."""
         a = self.codebook_a(codes // self.codebook_size).transpose(1, 2)  # (B, 8, N)
         b = self.codebook_b(codes % self.codebook_size).transpose(1, 2)
         return torch.cat((self.out_proj_a(a), self.out_proj_b(b)), dim=1)
@@ -55,22 +56,22 @@ class ResidualQuantizer(nn.Module):
         self.quantizers = nn.ModuleList(GroupQuantizer(config) for _ in range(config.num_codebooks))
 
     def encode(self, vectors: Tensor) -> Tensor:
-        """(B, D, N) -> (B, Q, N); each book describes what those before it left over."""
+        """Encode (B, D, N) to (B, Q, N); each codebook describes what those before it left over."""
         codes = []
-        for quantizer in self._books():
+        for quantizer in self._codebooks():
             codes.append(quantizer.encode(vectors))
             vectors = vectors - quantizer.embed(codes[-1])
         return torch.stack(codes, dim=1)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """(B, Q, N) -> (B, D, N), of the first Q books: the more, the finer."""
-        books = zip(self._books(), codes.unbind(1), strict=False)
-        return torch.stack([quantizer.embed(book) for quantizer, book in books]).sum(0)
+        """Embed (B, Q, N) to (B, D, N), by the first Q codebooks: the more, the finer."""
+        pairs = zip(self._codebooks(), codes.unbind(1), strict=False)
+        return torch.stack([quantizer.embed(own) for quantizer, own in pairs]).sum(0)
 
-    def _books(self) -> list[GroupQuantizer]:
+    def _codebooks(self) -> list[GroupQuantizer]:
         return list(self.quantizers)  # pyright: ignore
 
 
 def nearest_angle(vectors: Tensor, entries: Tensor) -> Tensor:
-    """(B, d, N), (E, d) -> (B, N): the entry at the least angle."""
+    """Find the entry (B, N) of (E, d) at the least angle to (B, d, N)."""
     return nearest(F.normalize(vectors.transpose(1, 2), dim=-1), F.normalize(entries, dim=-1))

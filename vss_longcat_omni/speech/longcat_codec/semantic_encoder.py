@@ -1,7 +1,7 @@
-"""Semantic codes: mel frames -> convolutions -> transformer -> nearest of 8192 centres.
+"""Encodes mel frames to semantic codes: convolutions -> transformer -> nearest of 8192 centroids.
 
-After `features.py`; a code every 60 ms. Source: `semantic_tokenizer_general/encoder.py` of
-LongCat-Audio-Codec, whose attention is not masked but for padding: a code depends on all speech.
+It follows `features.py`; a code every 60 ms. Source: `semantic_tokenizer_general/encoder.py` of
+LongCat-Audio-Codec, whose attention is not masked: a code depends on all speech.
 
 B batch, T samples at 16 kHz, F mel frames, N codes, C width, H heads, D = C/H.
 """
@@ -27,7 +27,7 @@ FULL_SCALE = 32767.0  # what the official code multiplies samples by, not 32768
 
 
 class Subsampling(nn.Module):
-    """(B, F, M) -> (B, N, C). Convolutions look back only, so padding behind a clip is not seen."""
+    """Maps (B, F, M) to (B, N, C). Convolutions look back only."""
 
     def __init__(self, num_mel_bins: int, d_model: int) -> None:
         super().__init__()
@@ -57,16 +57,16 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """(B, N, C) -> (B, N, C); `key_mask` (B, 1, 1, N) is True where attention may look."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, (B, N, C) to (B, N, C)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
-    """Norm first, and a third norm over the sum, which is what the next layer adds to."""
+    """Normalizes first, and a third time the sum, which is what the next layer adds to."""
 
     def __init__(self, config: SemanticConfig) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(config.dim_feedforward, config.d_model)
         self.norm3 = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.norm1(x), key_mask)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.norm1(x))
         x = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
         return self.norm3(x)
 
@@ -88,9 +88,9 @@ class LayerStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x, key_mask)
+            x = layer(x)
         return x
 
 
@@ -100,15 +100,10 @@ class VGGTransformer(nn.Module):
         self.subsampling = Subsampling(config.num_mel_bins, config.d_model)
         self.encoder = LayerStack(config)
 
-    def forward(self, features: Tensor, num_codes: Tensor | None) -> Tensor:
-        """(B, F, M) -> (B, N, C); `num_codes` (B,): how many positions of each clip are speech."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Encode (B, F, M) to (B, N, C)."""
         x = self.subsampling(features)
-        x = x * math.sqrt(x.shape[-1]) + sinusoids(x)
-        if num_codes is None:
-            return self.encoder(x, None)
-        positions = torch.arange(x.shape[1], device=x.device)
-        key_mask = positions < num_codes[:, None]  # (B, N)
-        return self.encoder(x, key_mask[:, None, None])
+        return self.encoder(x * math.sqrt(x.shape[-1]) + sinusoids(x))
 
 
 class KMeans(nn.Module):
@@ -120,7 +115,7 @@ class KMeans(nn.Module):
         self.register_buffer("codebook", codebook)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N) codes. The states are scaled to length 1, the centres are not."""
+        """Encode (B, N, C) to codes (B, N). States are scaled to length 1, centroids are not."""
         return nearest(F.normalize(states, dim=-1), self.codebook.T)
 
 
@@ -131,17 +126,14 @@ class SemanticTokenizer(nn.Module):
         self.model = VGGTransformer(config)
         self.kmeans = KMeans(config.d_model, config.codebook_size)
 
-    def forward(self, waveforms: Tensor, num_codes: Tensor | None = None) -> Tensor:
-        """(B, T) in [-1, 1], T a multiple of 960 -> (B, T / 960) codes.
-
-        `num_codes` (B,): frames of each clip; its codes do not depend on what lies behind.
-        """
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Encode (B, T) in [-1, 1], T a multiple of 960, to codes (B, T / 960)."""
         features = self.feature_extractor(waveforms * FULL_SCALE)
-        return self.kmeans(self.model(features, num_codes))
+        return self.kmeans(self.model(features))
 
 
 def sinusoids(x: Tensor) -> Tensor:
-    """(N, C) position table for (B, N, C): sines and cosines in turn, as in the paper."""
+    """Return the (N, C) position table for (B, N, C): sines and cosines in turn."""
     num_positions, width = x.shape[-2:]
     positions = torch.arange(num_positions, dtype=torch.float32, device=x.device)[:, None]
     even = torch.arange(0, width, 2, dtype=torch.float32, device=x.device)
