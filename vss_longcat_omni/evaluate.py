@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vss_longcat_omni.dataset.folders import find_samples
 from vss_longcat_omni.options.hub import resolve_artifact
-from vss_longcat_omni.options.run_arguments import SamplingRule
+from vss_longcat_omni.options.run_arguments import SamplingRule, add_max_frames
 
 if TYPE_CHECKING:
     from vss_longcat_omni.dataset.folders import Sample
 
 
 def check_folders(options: argparse.Namespace) -> list[Sample]:
-    """The samples; that the folders are there is seen before anything large is imported.
+    """Return the samples; checks for the folders before anything large is imported.
 
     Raises:
-        ValueError, FileNotFoundError: one is not.
+        ValueError, FileNotFoundError: a folder is missing, or not what it should be.
     """
     samples = find_samples(options.data_dir, options.split)[: options.count]
     folder = resolve_artifact(options.model_name_or_path, field="model_name_or_path")
@@ -54,10 +54,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from vss_longcat_omni.dataset.prepare import prepare
     from vss_longcat_omni.inference.answerer import load_answerer
-    from vss_longcat_omni.inference.measure import choose_recogniser, evaluate
+    from vss_longcat_omni.inference.measure import choose_recognizer, evaluate
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    recogniser = choose_recogniser(options.asr, device)
+    recognizer = choose_recognizer(options.asr, device)
     answerer = load_answerer(
         options.model_name_or_path,
         codec_folder=options.codec,
@@ -67,14 +67,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         frame_sampling=options.frame_sampling,
         use_audio_track=options.use_audio_track,
         max_vision_tokens=options.max_vision_tokens,
-        max_rows=options.max_rows,
+        max_frames=options.max_frames,
         has_text=options.transcripts == "file",
     )
     num_workers = max(1, len(os.sched_getaffinity(0)))
     prepared = prepare(
         samples, answerer.settings, answerer.codec, options.cache_dir, num_workers=num_workers
     )
-    common: dict[str, Any] = {"out": options.out, "recogniser": recogniser}
+    common: dict[str, Any] = {"out": options.out, "recognizer": recognizer}
     if not options.tensorboard_dir:
         return evaluate(answerer, prepared, **common)
     from torch.utils.tensorboard import SummaryWriter
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--use_audio_track", action="store_true", help="as in the training")
     parser.add_argument("--max_vision_tokens", type=int, default=28672)
-    parser.add_argument("--max_rows", type=int, default=500)
+    add_max_frames(parser, default=500)
     parser.add_argument(
         "--tensorboard_dir", default="tensorboard_logs/evaluate", help="empty: nothing there"
     )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vss_longcat_omni.dataset.folders import find_samples
 from vss_longcat_omni.inference.answerer import load_answerer
 from vss_longcat_omni.media.audio import save_audio
+from vss_longcat_omni.options.run_arguments import add_max_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--system_prompt", default="")
     parser.add_argument("--transcripts", choices=("file", "none"), default="file")
     parser.add_argument("--use_audio_track", action="store_true", help="as in the training")
-    parser.add_argument("--max_rows", type=int, default=500)
+    add_max_frames(parser, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     if (options.data_dir is None) == (options.video is None or options.audio is None):
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         device=options.device,
         system_prompt=options.system_prompt,
         use_audio_track=options.use_audio_track,
-        max_rows=options.max_rows,
+        max_frames=options.max_frames,
         has_text=options.transcripts == "file",
     )
     for video, audio, out in list_questions(options):
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def list_questions(options: argparse.Namespace) -> Iterator[tuple[Path, Path, Path]]:
-    """(video, question, wav to write) of each."""
+    """Yield (video, question, wav to write) for each."""
     if options.data_dir is None:
         yield options.video, options.audio, options.out
         return

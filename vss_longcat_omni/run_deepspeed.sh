@@ -4,8 +4,8 @@
 #   sbatch [--nodes=N] run_deepspeed.sh [any option of train_ds.py]
 #
 # One launcher a node, which starts a process a GPU. Ten minutes before its time is up the training
-# is told to save a checkpoint and end; the job is then queued again and goes on from there. So does
-# a job that SLURM itself queues again, and one that is submitted anew with the same output_dir.
+# gets the signal to save a checkpoint and end; the job is then queued again and resumes from there.
+# So does a job that SLURM itself queues again, and one submitted again with the same output_dir.
 # Where a step takes longer than that, give it more: sbatch --signal=B:USR1@3600 run_deepspeed.sh.
 # NUM_GPUS, MASTER_PORT: in place of all GPUs of a node, and of 29500.
 #SBATCH --job-name=longcat-omni
@@ -36,16 +36,16 @@ if ! command -v deepspeed >/dev/null; then PATH=$PWD/.venv/bin:$PWD/../.venv/bin
 command -v deepspeed >/dev/null || fail "no deepspeed on PATH. Activate the environment, then \
 submit."
 
-# A checkpoint named by the user is where the first start begins; a later one goes on from the last.
+# A checkpoint named by the user is where the first start begins; a later one resumes from the last.
 # trainer_state.json is written last: a checkpoint without it was cut off.
 can_resume='
 import argparse, json, os, pathlib
 parser = argparse.ArgumentParser(add_help=False)
 for name in ("config", "output_dir", "resume_from_checkpoint"):
     parser.add_argument(f"--{name}")
-words = vars(parser.parse_known_args()[0])
-values = json.loads(pathlib.Path(words["config"]).read_text("utf-8")) if words["config"] else {}
-values |= {name: word for name, word in words.items() if word}
+given = vars(parser.parse_known_args()[0])
+values = json.loads(pathlib.Path(given["config"]).read_text("utf-8")) if given["config"] else {}
+values |= {name: value for name, value in given.items() if value}
 output_dir = pathlib.Path(values.get("output_dir") or "longcat-flash-omni-vss-lora")
 has_checkpoint = any(output_dir.glob("checkpoint-*/trainer_state.json"))
 is_restart = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
@@ -62,8 +62,8 @@ host_names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 mapfile -t hosts <<<"$host_names"
 for host in "${hosts[@]}"; do echo "$host slots=$num_gpus"; done >"$hostfile"
 
-words=(--no_ssh --hostfile="$hostfile" --num_nodes="${#hosts[@]}" --num_gpus="$num_gpus")
-words+=(--master_addr="${hosts[0]}" --master_port="${MASTER_PORT:-29500}" train_ds.py "$@")
+argv=(--no_ssh --hostfile="$hostfile" --num_nodes="${#hosts[@]}" --num_gpus="$num_gpus")
+argv+=(--master_addr="${hosts[0]}" --master_port="${MASTER_PORT:-29500}" train_ds.py "$@")
 is_stopped=false
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
@@ -75,7 +75,7 @@ stop() {
 trap stop USR1  # before the start: without it a signal ends this script alone
 # shellcheck disable=SC2016  # each node has its own SLURM_NODEID
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
-  bash -c 'exec deepspeed --node_rank="$SLURM_NODEID" "$@"' bash "${words[@]}" &
+  bash -c 'exec deepspeed --node_rank="$SLURM_NODEID" "$@"' bash "${argv[@]}" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
   wait "$step" || true  # a signal ends it early

@@ -22,11 +22,9 @@ if __package__ in (None, ""):  # run as a script: this folder's `evaluate.py`, i
 
 from vss_longcat_omni.dataset.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
 from vss_longcat_omni.dataset.folders import find_split
-from vss_longcat_omni.options.run_arguments import check_words
+from vss_longcat_omni.options.run_arguments import check_argv
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
 logger = logging.getLogger("vss_longcat_omni")
@@ -40,7 +38,7 @@ def preprocess_function(
     *,
     system_prompt: str = "",
 ) -> list[Turn]:
-    """The conversation that a sample is trained on. Edit this to say something else.
+    """Return the conversation that a sample is trained on. Edit this to say something else.
 
     The last turn is the answer; generate.py asks with those before it.
 
@@ -57,15 +55,15 @@ def preprocess_function(
 
 
 def main(argv: list[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    own_options = check_words(words)
+    argv = sys.argv[1:] if argv is None else argv
+    own_options = check_argv(argv)
     if own_options is not None:  # else --help, which needs no data
         find_split(Path(own_options.data_dir))
-    run(words)
+    run(argv)
 
 
-def run(words: Sequence[str]) -> None:
-    """One run as the command line says, in the order data flows; every process calls it.
+def run(argv: list[str]) -> None:
+    """Run as the command line says, in the order data flows; every process calls it.
 
     Raises:
         ValueError, FileNotFoundError: an option, a file or a folder that cannot be used.
@@ -80,14 +78,14 @@ def run(words: Sequence[str]) -> None:
     from vss_longcat_omni.options.training_arguments import parse_arguments
     from vss_longcat_omni.plan.__main__ import check_fits
     from vss_longcat_omni.training.checkpoint import find_checkpoint
-    from vss_longcat_omni.training.distributed import (
+    from vss_longcat_omni.training.signals import (
         notice_locks,
         notice_optimizer_offload,
         stop_early,
     )
     from vss_longcat_omni.training.trainer import OmniTrainer
 
-    options, training = parse_arguments(list(words))
+    options, training = parse_arguments(argv)
     signal.signal(signal.SIGUSR1, stop_early)
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
     set_seed(training.seed)
@@ -115,11 +113,10 @@ def run(words: Sequence[str]) -> None:
         resume_from = str(find_checkpoint(Path(str(training.output_dir)), resume_from))
 
     # Model.
-    def fill(model: nn.Module) -> None:
+    def load(model: nn.Module) -> None:
         load_weights(model, CheckpointReader(folder), show_progress=training.should_log)
 
-    tokens = datasets["training"].tokens
-    model = build_model(options, training, config, tokens, fill)
+    model = build_model(options, training, config, datasets["training"].tokens, load)
 
     # Training.
     trainer = OmniTrainer(
@@ -133,7 +130,7 @@ def run(words: Sequence[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.stop.has_stopped:
-        logger.warning("stopped; go on with --resume_from_checkpoint latest")
+        logger.warning("stopped; continue with --resume_from_checkpoint latest")
         return
     # On all processes: they gather the adapters together. It uploads them too, where that is asked.
     trainer.save_model()

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where a run finds what it needs."""
+    """Holds where a run finds what it needs."""
 
     data: Path
     model: Path
     cache: Path
 
-    def words(self, out: Path, **options: object) -> list[str]:
-        """Flags of a short run; `options` on top."""
+    def argv(self, out: Path, **options: object) -> list[str]:
+        """Return flags of a short run; `options` on top."""
         values: dict[str, object] = {
             "model_name_or_path": self.model,
             "data_dir": self.data,
@@ -42,7 +42,7 @@ class Ground:
             "report_to": "none",
         }
         values |= options
-        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        return [arg for name, value in values.items() for arg in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="session")

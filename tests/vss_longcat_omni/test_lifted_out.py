@@ -42,7 +42,7 @@ def test_a_copy_installs_trains_and_merges(ground: Ground, tmp_path: Path) -> No
 
     def run(*command: str | Path) -> str:
         done = subprocess.run(
-            [str(word) for word in command], cwd=copy, capture_output=True, text=True, env=env,
+            [str(arg) for arg in command], cwd=copy, capture_output=True, text=True, env=env,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -56,9 +56,9 @@ def test_a_copy_installs_trains_and_merges(ground: Ground, tmp_path: Path) -> No
         assert (site / "vss_longcat_omni" / name).is_file()
     run(sys.executable, "-c", CHECK, tmp_path)
     out, merged = tmp_path / "out", tmp_path / "merged"
-    words = ground.words(out, deepspeed="", bf16=False, max_steps=1)
-    run(sys.executable, "train_ds.py", *words)
+    argv = ground.argv(out, deepspeed="", bf16=False, max_steps=1)
+    run(sys.executable, "train_ds.py", *argv)
     command = (sys.executable, "-m", "vss_longcat_omni.tools.merge_lora")
-    told = run(*command, "--base", ground.model, "--adapter", out, "--out", merged)
-    assert told.endswith("32 tensors changed\n")
+    printed = run(*command, "--base", ground.model, "--adapter", out, "--out", merged)
+    assert printed.endswith("32 tensors changed\n")
     assert {path.name for path in ground.model.iterdir()} <= {p.name for p in merged.iterdir()}

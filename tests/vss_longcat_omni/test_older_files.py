@@ -60,7 +60,7 @@ def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def train(out: str, **options: object) -> None:
     values = OPTIONS | {"output_dir": out} | options
-    train_ds.main([word for name, value in values.items() for word in (f"--{name}", str(value))])
+    train_ds.main([arg for name, value in values.items() for arg in (f"--{name}", str(value))])
 
 
 def losses(path: Path) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """run_deepspeed.sh: what it starts on each node, where it resumes, and how it stops.
 
 `srun`, `deepspeed` and `scontrol` on PATH are programs of the tests that write down how they were
-called; what DeepSpeed's launcher makes of these words, it says itself.
+called; what DeepSpeed's launcher makes of its arguments, it says itself.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Cluster:
         own = {"PATH": path, "RECORD": str(self.record), "NODES": NODES}
         return {**kept, **own, **slurm, **env}
 
-    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", self.script, *words], cwd=self.folder, env=self.environment(**env),
+            ["bash", self.script, *argv], cwd=self.folder, env=self.environment(**env),
             capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
 
@@ -85,10 +85,10 @@ class Cluster:
         lines = self.record.read_text().splitlines() if self.record.is_file() else []
         return [json.loads(line) for line in lines]
 
-    def started(self, *words: str, **env: str) -> list[str]:
-        """The training's words."""
+    def started(self, *argv: str, **env: str) -> list[str]:
+        """The training's arguments."""
         self.record.unlink(missing_ok=True)
-        done = self.run(*words, **env)
+        done = self.run(*argv, **env)
         assert done.returncode == 0, done.stderr
         ((_, *rest),) = self.calls()
         return rest[rest.index("train_ds.py") + 1 :]
@@ -110,9 +110,9 @@ def test_one_launcher_a_node(cluster: Cluster, nodes: int) -> None:
     assert done.returncode == 0, done.stderr
     calls = cluster.calls()
     assert len(calls) == nodes
-    for rank, (name, *words) in enumerate(calls):
+    for rank, (name, *argv) in enumerate(calls):
         assert name == "deepspeed"
-        assert words == [
+        assert argv == [
             f"--node_rank={rank}", "--no_ssh", "--hostfile=logs/hosts-5", f"--num_nodes={nodes}",
             "--num_gpus=8", "--master_addr=node3", "--master_port=29500", "train_ds.py",
             "--learning_rate", "1e-5", "--system_prompt=a b",
@@ -123,10 +123,10 @@ def test_one_launcher_a_node(cluster: Cluster, nodes: int) -> None:
     assert flags[:3] == ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none"]
 
 
-def test_deepspeeds_launcher_understands_these_words(
+def test_deepspeeds_launcher_understands_these_argv(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a hostfile it refuses more than one node, and with one it wants ssh but for us."""
+    """Without a hostfile it accepts no more than one node, and with one it wants ssh but for us."""
     from deepspeed.launcher import runner
 
     started: list[list[str]] = []
@@ -142,7 +142,7 @@ def test_deepspeeds_launcher_understands_these_words(
         runner.main(call[1:])
     for rank, command in enumerate(started):
         assert command[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
-        options = dict(word[2:].split("=", 1) for word in command[4:8])
+        options = dict(arg[2:].split("=", 1) for arg in command[4:8])
         hosts = json.loads(base64.urlsafe_b64decode(options.pop("world_info")))
         assert hosts == {"node3": [0, 1, 2, 3], "node4": [0, 1, 2, 3]}
         assert options == {
@@ -172,23 +172,23 @@ def test_it_resumes_where_the_output_dir_has_a_whole_checkpoint(cluster: Cluster
 def test_it_finds_the_output_dir_of_a_config_file(cluster: Cluster) -> None:
     cluster.add_checkpoint("out/checkpoint-2")
     config = cluster.folder / "run.json"
-    words = ["--config", "run.json"]
+    argv = ["--config", "run.json"]
     config.write_text('{"output_dir": "out", "resume_from_checkpoint": null}')
-    assert cluster.started(*words) == [*words, *RESUME]
-    assert cluster.started(*words, "--output_dir=none") == [*words, "--output_dir=none"]
+    assert cluster.started(*argv) == [*argv, *RESUME]
+    assert cluster.started(*argv, "--output_dir=none") == [*argv, "--output_dir=none"]
     config.write_text('{"output_dir": "out", "resume_from_checkpoint": "out/checkpoint-1"}')
-    assert cluster.started(*words) == words
+    assert cluster.started(*argv) == argv
     config.write_text("{")
-    done = cluster.run(*words)
+    done = cluster.run(*argv)
     assert done.returncode != 0
     assert "JSONDecodeError" in done.stderr
 
 
 def test_a_checkpoint_of_the_users_counts_until_the_job_is_queued_again(cluster: Cluster) -> None:
     cluster.add_checkpoint("out/checkpoint-20")
-    words = ["--output_dir=out", "--resume_from_checkpoint=out/checkpoint-10"]
-    assert cluster.started(*words, SLURM_RESTART_COUNT="0") == words
-    assert cluster.started(*words, SLURM_RESTART_COUNT="1") == [*words, *RESUME]
+    argv = ["--output_dir=out", "--resume_from_checkpoint=out/checkpoint-10"]
+    assert cluster.started(*argv, SLURM_RESTART_COUNT="0") == argv
+    assert cluster.started(*argv, SLURM_RESTART_COUNT="1") == [*argv, *RESUME]
 
 
 def test_a_failure_is_the_jobs_and_is_not_queued_again(cluster: Cluster) -> None:
@@ -215,7 +215,7 @@ def test_mistakes_start_nothing(cluster: Cluster, name: str, value: str, message
 
 
 def test_it_saves_before_its_time_is_up_and_queues_again(cluster: Cluster) -> None:
-    """The second srun runs pkill; the training's processes are told by their command line."""
+    """The second srun runs pkill; the training's processes are found by their command line."""
     (cluster.folder / "train_ds.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: (print('saved', flush=True), sys.exit()))\n"
@@ -237,12 +237,12 @@ def test_it_saves_before_its_time_is_up_and_queues_again(cluster: Cluster) -> No
     process.send_signal(signal.SIGUSR1)
     rest, _ = process.communicate(timeout=240)
     assert (rest, process.returncode) == ("saved\n", 0)
-    (pkill, *words), requeue = cluster.calls()
+    (pkill, *argv), requeue = cluster.calls()
     assert requeue == ["scontrol", "requeue", "5"]
-    assert (pkill, words[:3]) == ("pkill", ["-USR1", "-u", str(os.getuid())])
+    assert (pkill, argv[:3]) == ("pkill", ["-USR1", "-u", str(os.getuid())])
     last = Path(f"{cluster.record}.srun").read_text().splitlines()[-1]
     assert last.startswith("--overlap --ntasks-per-node=1 pkill")
-    pattern = words[words.index("-f") + 1]
+    pattern = argv[argv.index("-f") + 1]
     assert re.search(pattern, worker)
     launchers = [
         "/v/bin/python /v/bin/deepspeed --node_rank=0 --no_ssh train_ds.py --seed=1",

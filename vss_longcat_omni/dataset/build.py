@@ -1,6 +1,6 @@
-"""The data sets of a run, from its options: samples found, a codec, all prepared, ready to be read.
+"""Builds the data sets of a run from its options: finds samples and a codec, and prepares all.
 
-Called by train_ds.py first of all. Follows folders.py, prepare.py and examples.py; collator.py
+train_ds.py calls it first of all. It follows folders.py, prepare.py and examples.py; collator.py
 makes micro-batches of what comes out.
 """
 
@@ -36,17 +36,20 @@ def build_datasets(
     run: RunArguments,
     training: OmniTrainingArguments,
     folder: Path,
-    converse: Callable[..., list[Turn]],
+    build_conversation: Callable[..., list[Turn]],
     *,
     vision_config: dict[str, Any] | None,
     audio_vocab_size: int,
 ) -> dict[str, VssDataset]:
-    """The training set, and the test set where there is one.
+    """Return the training set, and the test set where there is one, by the names of the splits.
 
     Args:
         folder: of the model, with its tokenizer and filter bank.
-        converse: makes the conversation of a sample: preprocess_function of train_ds.py.
+        build_conversation: preprocess_function of train_ds.py.
         vision_config, audio_vocab_size: of the model's config.
+
+    Raises:
+        ValueError: no sample can be used, or the codec has more codes than the model's tables.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = read_special_tokens(tokenizer)
@@ -63,18 +66,18 @@ def build_datasets(
         use_audio_track=run.use_audio_track,
     )
     codec = open_codec(str(find_codec(run, samples["training"])), device=training.device)
-    largest = max(codec.book_sizes) + tokens.codec.offset
+    largest = max(codec.codebook_sizes) + tokens.codec.offset
     if largest > audio_vocab_size:
         raise ValueError(
             f"codec: its codes go up to {largest:,}, but the model's audio tables have "
-            f"audio_vocab_size={audio_vocab_size:,} rows. Take a codec with smaller books."
+            f"audio_vocab_size={audio_vocab_size:,} rows. Take a codec with smaller codebooks."
         )
-    converse = partial(converse, system_prompt=run.system_prompt)
+    build_conversation = partial(build_conversation, system_prompt=run.system_prompt)
     num_workers = max(1, len(os.sched_getaffinity(0)))
     return {
         split: VssDataset(
             prepare(found, settings, codec, cache_dir, num_workers=num_workers),
-            converse,
+            build_conversation,
             tokenizer,
             tokens=tokens,
             pixels=pixels,
@@ -94,7 +97,8 @@ def has_split(data_dir: Path, split: str) -> bool:
 
 
 def find_codec(run: RunArguments, samples: Sequence[Sample]) -> Path:
-    """The codec asked for; else the embedded one, fitted to these answers where it is not yet."""
+    """Return the folder of the codec asked for, else of the embedded one, which is fitted to these
+    answers where it is not yet."""
     if run.codec is not None:
         return resolve_artifact(run.codec, field="codec")
     cache_dir = Path(run.cache_dir)

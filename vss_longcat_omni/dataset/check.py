@@ -48,7 +48,7 @@ CHARACTERS_A_SECOND = (0.5, 40.0)  # of the transcript; English speech has about
 
 @dataclass
 class Report:
-    """What was found in one folder; lengths in seconds, 0 where a file cannot be used."""
+    """Holds what was found in one folder; lengths in seconds, 0 where a file cannot be used."""
 
     path: Path
     problems: list[str] = field(default_factory=list)
@@ -63,11 +63,11 @@ class Report:
 def check_folder(
     folder: SampleFolder, *, decode: bool = True, max_seconds: float = MAX_SECONDS
 ) -> Report:
-    """Opens the files of one folder. `decode` reads all of them, rather than headers and indexes.
+    """Open the files of one folder; `decode` reads all of them, rather than headers and indexes.
 
     Problems: a file is missing, unreadable or of zero length; no video track; speech beyond
     `max_seconds`, a question too short for a token, a silent answer; a transcript that is empty or
-    not UTF-8. Whether a transcript is too long is told by `check_transcripts`.
+    not UTF-8. `check_transcripts` reports a transcript that is too long.
     """
     report = Report(folder.path, notices=[folder.notice] if folder.notice else [])
     sample = folder.sample
@@ -98,9 +98,9 @@ def check_folder(
 
 
 def check_transcripts(reports: Sequence[Report], tokenizer: Any = None) -> None:
-    """Adds to `problems` where an answer's text does not fit beside its sound.
+    """Add to `problems` where an answer's text does not fit beside its sound.
 
-    N codec frames have N + 1 rows, of which the text takes one a token and one for its end
+    N codec frames take N + 1 stream frames, of which the text takes one a token and one for its end
     (research: official `data/converters/audio_converter.py`). Without a tokenizer a text counts
     one token a word, which no tokenizer goes below, so what is reported is certain.
     """
@@ -118,7 +118,7 @@ def check_transcripts(reports: Sequence[Report], tokenizer: Any = None) -> None:
             least = "" if tokenizer else "at least "
             report.problems.append(
                 f"transcript: too long: {least}{num_tokens} tokens and their end for "
-                f"{frames + 1} rows ({report.output_seconds:.2f} s of speech)"
+                f"{frames + 1} stream frames ({report.output_seconds:.2f} s of speech)"
             )
 
 
@@ -131,8 +131,8 @@ def check_split(
     workers: int = 1,
     show_progress: bool = True,
 ) -> list[Report]:
-    """A report on each folder of a split, in order. workers > 1 starts processes (spawned, so a
-    script that calls this needs its `if __name__ == "__main__"` guard)."""
+    """Return a report on each folder of a split, in order. workers > 1 starts processes (spawned,
+    so a script that calls this needs its `if __name__ == "__main__"` guard)."""
     folders = list_sample_folders(place)
     check = functools.partial(check_folder, decode=decode, max_seconds=max_seconds)
     workers = min(workers, len(folders))
@@ -157,7 +157,7 @@ def _map(
 
 
 def _measure(path: Path, *, decode: bool) -> tuple[float, bool]:
-    """(seconds, whether it is silent, which headers do not tell); raises as `load_audio`."""
+    """Return (seconds, whether it is silent, which headers do not say); raises as `load_audio`."""
     seconds = audio_duration(path)
     if seconds == 0:
         raise ValueError(f"{path}: zero-length audio")
@@ -188,7 +188,7 @@ def _check_lengths(report: Report, question: str, answer: str, max_seconds: floa
 
 
 def _token_counter(tokenizer: Any) -> Callable[[str], int]:
-    """Raises ValueError for a tokenizer without the special tokens; the counter for a text with."""
+    """Return what counts a text's tokens; a tokenizer without special tokens raises ValueError."""
     if tokenizer is None:
         return lambda text: len(text.split())
     from vss_longcat_omni.dataset.special_tokens import read_special_tokens
@@ -199,7 +199,7 @@ def _token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The `check` command; 0 when every sample is usable, 1 when not, 2 when nothing was found."""
+    """Run `check`; return 0 when every sample is usable, 1 when not, 2 when nothing was found."""
     args = _parse_args(argv)
     try:
         tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else None
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         num_bad += sum(bool(report.problems) for report in reports)
         sys.stdout.writelines(f"{line}\n" for line in [*_lines(reports), _sum_up(place, reports)])
     if not args.tokenizer:
-        sys.stdout.write("not checked: transcripts in tokens, but in words; give --tokenizer\n")
+        sys.stdout.write("not checked: transcripts in tokens, only in words; give --tokenizer\n")
     if args.headers_only:
         sys.stdout.write("not checked: whether all decodes, silence; leave out --headers_only\n")
     return 1 if num_bad else 0
@@ -256,7 +256,7 @@ def _load_tokenizer(spec: str) -> Any:
 
 
 def _find_places(folder: Path, split: str | None) -> list[Path]:
-    """The folder of the split, or of every split that is there."""
+    """Return the folder of the split, or of every split that is there."""
     if split is not None:
         return [find_split(folder, split)]
     places, errors = [], []
@@ -284,7 +284,7 @@ def _lines(reports: Sequence[Report]) -> Iterator[str]:
 def _sum_up(place: Path, reports: Sequence[Report]) -> str:
     num_bad = sum(bool(report.problems) for report in reports)
     num_warned = sum(bool(report.warnings) for report in reports)
-    num_told = sum(report.transcript is not None for report in reports)
+    num_transcripts = sum(report.transcript is not None for report in reports)
     hours = [
         sum(seconds) / 3600
         for seconds in zip(
@@ -292,7 +292,7 @@ def _sum_up(place: Path, reports: Sequence[Report]) -> str:
         )
     ]
     return (
-        f"{place}: {len(reports)} samples, {num_bad} bad, {num_warned} with warnings, {num_told} "
-        f"with a transcript; {hours[0]:.2f} h of video, {hours[1]:.2f} h of input and "
-        f"{hours[2]:.2f} h of output speech"
+        f"{place}: {len(reports)} samples, {num_bad} bad, {num_warned} with warnings, "
+        f"{num_transcripts} with a transcript; {hours[0]:.2f} h of video, {hours[1]:.2f} h of "
+        f"input and {hours[2]:.2f} h of output speech"
     )

@@ -1,4 +1,4 @@
-"""Examples -> one micro-batch: all one after the other, without padding.
+"""Joins examples to one micro-batch: all one after the other, without padding.
 
 Each sample sees itself alone (model/attention.py), and no position predicts into the next sample.
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """The arguments of `LongcatOmniForCausalLM.forward`, but `num_targets`."""
+    """Return the arguments of `LongcatOmniForCausalLM.forward`, but `num_targets`."""
     text_positions, text_targets = find_targets([e.text_labels[:, None] for e in examples])
     audio_positions, audio_targets = find_targets([e.audio_labels for e in examples])
     return {
@@ -39,22 +39,20 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def find_targets(labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Positions (M,) in the pack that predict anything, and the labels (M, S) of their next one.
-
-    `labels` has (T_i, S) of each sample, at the positions that they describe.
-    """
+    """Return the positions (M,) in the pack that predict anything, and the labels (M, S) of their
+    next one; `labels` has (T_i, S) of each sample, at the positions that they describe."""
     positions, targets, start = [], [], 0
     for own in labels:
         following = own[1:]  # the last position of a sample predicts nothing
-        rows = (following != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
-        positions.append(rows + start)
-        targets.append(following[rows])
+        places = (following != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
+        positions.append(places + start)
+        targets.append(following[places])
         start += len(own)
     return torch.cat(positions), torch.cat(targets)
 
 
 def count_targets(batch: dict[str, Any]) -> Tensor:
-    """(3,) float32: targets of text, of all audio streams, of the semantic one."""
+    """Return (3,) float32: the targets of text, of all audio streams, of the semantic one."""
     audio = batch["audio_targets"] != IGNORE_INDEX
     text = batch["text_targets"] != IGNORE_INDEX
     return torch.stack([text.sum(), audio.sum(), audio[:, 0].sum()]).float()
@@ -72,7 +70,7 @@ def collate_pictures(examples: Sequence[Example]) -> dict[str, Any] | None:
 
 
 def collate_sound(examples: Sequence[Example]) -> dict[str, Any] | None:
-    """Clips padded to the longest; the encoder leaves the padding out."""
+    """Pad the clips to the longest; the encoder leaves the padding out."""
     sounding = [e.features for e in examples if len(e.features)]
     if not sounding:
         return None

@@ -1,6 +1,6 @@
-"""What a sample says and shows, turn by turn: what `preprocess_function` of train_ds.py makes.
+"""Describes turn by turn what a sample says and shows; train_ds.py's `preprocess_function` does so.
 
-template.py turns it into streams. Imports nothing that takes long, as train_ds.py begins with it.
+template.py makes streams of it. Imports nothing that takes long, as train_ds.py begins with it.
 
 N codec frames of a segment, S audio streams.
 """
@@ -23,14 +23,14 @@ class TextItem:
 
 @dataclass(frozen=True)
 class MediaItem:
-    """Sound, pictures or both, as interleave.py plans them."""
+    """Holds sound, pictures or both, as interleave.py plans them."""
 
     parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Speech up to a pause.
+    """Holds speech up to a pause.
 
     `text` None: no transcript is known and the text stream is all pads (text-pad-only). The model
     then learns to speak without a text to follow, so the caller has to choose it.

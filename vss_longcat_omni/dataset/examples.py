@@ -1,4 +1,4 @@
-"""A prepared sample -> what the model takes: streams with labels, patches, features.
+"""Turns a prepared sample into what the model takes: streams with labels, patches, features.
 
 Follows prepare.py; collator.py puts several together. What the conversation says is the business
 of `preprocess_function` in train_ds.py, which a user may edit.
@@ -43,7 +43,7 @@ TRANSCRIBE = "python -m vss_longcat_omni.tools.transcribe"
 
 @dataclass(frozen=True)
 class Example:
-    """One sample."""
+    """Holds one sample."""
 
     input_ids: Tensor  # (T,)
     audio_ids: Tensor  # (T, S)
@@ -56,9 +56,11 @@ class Example:
 
 
 class VssDataset(Dataset[Example]):
-    """Args:
+    """Makes an `Example` of each prepared sample.
+
+    Args:
         prepared: the samples.
-        converse: the conversation of a sample, given its folder, what it shows and sounds, its
+        build_conversation: returns the conversation of a sample, given its folder, its media, its
             transcript (None where none is wanted) and its answer's codes.
         use_transcripts: every sample needs one.
 
@@ -69,7 +71,7 @@ class VssDataset(Dataset[Example]):
     def __init__(
         self,
         prepared: Sequence[PreparedSample],
-        converse: Callable[[Path, MediaItem, str | None, Tensor], list[Turn]],
+        build_conversation: Callable[[Path, MediaItem, str | None, Tensor], list[Turn]],
         tokenizer: Any,
         *,
         tokens: SpecialTokens,
@@ -77,7 +79,7 @@ class VssDataset(Dataset[Example]):
         use_transcripts: bool,
         show_progress: bool = False,
     ) -> None:
-        self.prepared, self.converse = prepared, converse
+        self.prepared, self.build_conversation = prepared, build_conversation
         self.tokenizer, self.tokens, self.pixels = tokenizer, tokens, pixels
         self.use_transcripts = use_transcripts
         if use_transcripts and (num_cached := sum(p.has_cached_transcript for p in prepared)):
@@ -120,7 +122,7 @@ class VssDataset(Dataset[Example]):
                 pixels=self.pixels,
             )
             folder = sample.sample.video.parent
-            turns = self.converse(folder, media, self._transcript(sample), sample.codes)
+            turns = self.build_conversation(folder, media, self._transcript(sample), sample.codes)
             streams = build_streams(turns, self.tokenizer, tokens=self.tokens)
             self._check_media(streams, media)
             return streams
@@ -128,7 +130,7 @@ class VssDataset(Dataset[Example]):
             raise ValueError(f"sample {name}: {error}") from error
 
     def _check_media(self, streams: Streams, media: MediaItem) -> None:
-        """The conversation shows all of the video or nothing of it; the question's sound alike."""
+        """Check that the conversation has all of the video or nothing of it; its sound alike."""
         pads = {"image_tokens": self.tokens.image_pad, "audio_pads": self.tokens.audio_pad}
         for kind, pad in pads.items():
             wanted = sum(part.count for part in media.parts if part.kind == kind)
@@ -147,7 +149,7 @@ class VssDataset(Dataset[Example]):
             wanted = sample.sample.output_audio.with_suffix(".txt").name
             raise ValueError(
                 f"no {wanted} beside {sample.sample.output_audio.name}. Write what the answer "
-                f"says, or let a recogniser hear all of them (`{TRANSCRIBE} "
+                f"says, or let a recognizer transcribe all of them (`{TRANSCRIBE} "
                 f"{sample.sample.video.parent.parent} --cache_dir {sample.path.parent} --asr "
                 "whisper:FOLDER_OR_HUB_ID`), or train without text by --transcripts none."
             )
@@ -162,7 +164,7 @@ def plan_media(
     *,
     pixels: PixelConfig,
 ) -> MediaItem:
-    """What a video (frames, height, width, 3) and its sound are as tokens, in their order."""
+    """Plan the tokens of a video (frames, height, width, 3) and its sound, in their order."""
     frames, height, width, _ = frame_shape
     grid = (1, height // pixels.patch_size, width // pixels.patch_size)
     pooled = pool([grid] * max(1, frames // 2), pixels)
@@ -173,5 +175,5 @@ def plan_media(
 
 
 def pool(grids: list[Grid], pixels: PixelConfig) -> list[PooledGrid]:
-    """Of one video, which is all that a sample shows."""
+    """Return the pooled grids of one video, which is all that a sample shows."""
     return plan_pooling([grids], pixels)[1][0]

@@ -1,7 +1,7 @@
-"""Folders on disk -> samples: video, question and spoken answer of each; no file is opened.
+"""Finds samples in folders on disk: video, question and spoken answer of each; opens no file.
 
 First step of the data flow: data/training/01/{input.mp4, input.wav, output.wav} -> Sample, whose
-files media/ reads. check.py opens them all and tells what training could not use:
+files media/ reads. check.py opens them all and reports what training could not use:
 
     python -m vss_longcat_omni.dataset check data [--split training] [--tokenizer FOLDER]
 """
@@ -20,12 +20,12 @@ SPLIT_FOLDERS = {"training": ("training", "train"), "test": ("test",)}  # the do
 STEMS = (("input", "output"), ("in", "out"))  # of a sample's files; the second are the older ones
 AUDIO_SUFFIXES = (".wav", ".mp3")  # the first one found is used
 COMMAND = "python -m vss_longcat_omni.dataset check"
-MAX_SHOWN = 5  # names or folders told in one message
+MAX_SHOWN = 5  # names or folders in one message
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of one sample; all exist, and none has been opened."""
+    """Names the files of one sample; all exist, and none has been opened."""
 
     name: str  # of its folder, unique in its split
     video: Path
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder of a split: its sample, or why it holds none."""
+    """Describes a folder of a split: its sample, or why it holds none."""
 
     path: Path
     sample: Sample | None
@@ -45,7 +45,7 @@ class SampleFolder:
 
 
 def find_samples(folder: Path, split: str = "training") -> list[Sample]:
-    """The complete samples of a split, in natural order of their folders' names (2 before 10).
+    """Return the complete samples of a split, in natural order of folder names (2 before 10).
 
     `folder` holds the split's folder (training/, or train/ in the older layout; test/), or is that
     folder itself. A sample's files are input.mp4, input.wav or .mp3, output.wav or .mp3, and
@@ -75,7 +75,7 @@ def find_samples(folder: Path, split: str = "training") -> list[Sample]:
 
 
 def find_split(folder: Path, split: str = "training") -> Path:
-    """The folder whose sub-folders are the split's samples.
+    """Return the folder whose sub-folders are the split's samples.
 
     Raises ValueError: an unknown split, or no such folder with a sub-folder in it.
     """
@@ -90,29 +90,29 @@ def find_split(folder: Path, split: str = "training") -> Path:
     places = [folder / name for name in SPLIT_FOLDERS[split]]
     if folder.resolve().name not in other and not names & {*other, *SPLIT_FOLDERS[split]}:
         places.append(folder)  # else its sub-folders are splits, or the other split's samples
-    filled = [place for place in places if place.is_dir() and _list_folders(place)]
-    if not filled:
+    found = [place for place in places if place.is_dir() and _list_folders(place)]
+    if not found:
         looked = "".join(f"\n  {place}: {_describe(place)}" for place in places)
         raise ValueError(
             f"No valid samples found for the split {split}. Looked in{looked}\n"
             f"  Instead, {folder} holds {_enumerate(folder)}. Each sample needs a folder of its "
             f"own, such as {places[0] / '01'}/{{input.mp4, input.wav, output.wav}}"
         )
-    if len(filled) > 1:
-        logger.warning("%s is used, and %s is not: join them", *filled[:2])
-    return filled[0]
+    if len(found) > 1:
+        logger.warning("%s is used, and %s is not: join them", *found[:2])
+    return found[0]
 
 
 def list_sample_folders(place: Path) -> list[SampleFolder]:
-    """Each sub-folder, in natural order of names; hidden ones are none."""
+    """Describe each sub-folder, in natural order of names; hidden ones are none."""
     return [_read_folder(Path(entry.path)) for entry in _list_folders(place)]
 
 
 def read_transcript(path: Path) -> str:
-    """What the answer says, as one segment: line breaks count as spaces.
+    """Return what the answer says, as one segment: line breaks count as spaces.
 
     In the official form each segment has audio codes of its own, between `</pause>` tokens. One
-    output.wav does not tell where a line's sound ends, so lines cannot be segments.
+    output.wav does not show where a line's sound ends, so lines cannot be segments.
 
     Raises ValueError: not UTF-8, or no word in it.
     """
@@ -156,7 +156,7 @@ def _read_folder(path: Path) -> SampleFolder:
 
 
 def _close_misses(path: Path, used: set[str]) -> str:
-    """What the folder holds beside the files that count: the wanted ones under wrong names."""
+    """Say what the folder holds beside the files that count: the wanted ones, misnamed."""
     others = _enumerate(path, used)
     if others == "nothing":
         return "it holds nothing else" if used else "it is empty"
@@ -170,7 +170,7 @@ def _describe(place: Path) -> str:
 
 
 def _enumerate(path: Path, left_out: set[str] | None = None) -> str:
-    """The first names in a folder, sub-folders with a slash."""
+    """List the first names in a folder, sub-folders with a slash."""
     entries = [entry for entry in _list(path) if entry.name not in (left_out or ())]
     shown = [entry.name + "/" * entry.is_dir() for entry in entries[:MAX_SHOWN]]
     more = [f"{len(entries) - MAX_SHOWN} more"] if len(entries) > MAX_SHOWN else []
@@ -182,14 +182,14 @@ def _list_folders(place: Path) -> list[os.DirEntry[str]]:
 
 
 def _list(path: Path) -> list[os.DirEntry[str]]:
-    """In natural order, without hidden ones (.DS_Store). Names as the disk spells them: Input.mp4
-    is not input.mp4, also where opening either gives the same file."""
+    """List entries in natural order, without hidden ones (.DS_Store), as the disk spells them:
+    Input.mp4 is not input.mp4, also where opening either gives the same file."""
     with os.scandir(path) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
     return sorted(shown, key=lambda entry: (_natural(entry.name), entry.name))
 
 
 def _natural(name: str) -> list[str | int]:
-    """Text and numbers by turns, so that texts meet texts and numbers meet numbers."""
+    """Split into texts and numbers by turns, so that texts and numbers each meet their own."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]

@@ -1,4 +1,4 @@
-"""The plan of an item that shows and sounds: timestamps, image pads, audio tags and audio pads.
+"""Plans an item that shows and sounds: timestamps, image pads, audio tags and audio pads.
 
 Place in the data flow: media/frame_sampling.py gives the timestamps, media/pixels.py the tokens of
 each unit, media/fbank.py the audio tokens; template.py turns the plan into ids. Rules of
@@ -23,17 +23,11 @@ AUDIO_TOKEN_SECONDS = 0.08
 
 
 class Part(NamedTuple):
-    """A run of equal tokens, or a timestamp."""
+    """Stands for a run of equal tokens, or for a timestamp."""
 
     kind: Literal["timestamp", "image_tokens", "audio_begin", "audio_pads", "audio_end"]
     text: str = ""  # of a timestamp
     count: int = 1  # of tokens
-
-
-def plan_audio(num_audio_tokens: int) -> tuple[Part, ...]:
-    """A clip by itself."""
-    pads = (Part("audio_pads", count=num_audio_tokens),) if num_audio_tokens else ()
-    return (Part("audio_begin"), *pads, Part("audio_end"))
 
 
 def plan_interleaved(
@@ -44,21 +38,20 @@ def plan_interleaved(
     strategy: Strategy = "sequential",
     units_per_second: int = 1,
     chunk_seconds: float = 1,
-    official_tags: bool = False,
 ) -> tuple[Part, ...]:
-    """Units with their timestamps, the sound between them; no audio tag where there is no sound.
+    """Return units with their timestamps, the sound between them; no audio tag without sound.
+
+    With `average`, the official code leaves out the closing tag when there is one unit, and writes
+    tags around no sound: not followed, as everything after an open tag would count as sound.
 
     Args:
         timestamps: one a unit; "" writes none.
         image_tokens: of each unit.
         num_audio_tokens: of the whole clip; every one of them is placed.
         chunk_seconds: `sequential` only: how much of the video goes before its sound.
-        official_tags: `average` only: write the tags where the official code does. It leaves out
-            the closing tag when there is one unit, and writes tags around no sound. Off by
-            default: everything after an open tag would count as sound.
 
     Raises:
-        ValueError: no units, unequal lengths, or units that do not fill whole chunks.
+        ValueError: no units, unequal lengths, or units that do not make whole chunks.
     """
     num_units = len(timestamps)
     if num_units == 0 or num_units != len(image_tokens):
@@ -66,9 +59,8 @@ def plan_interleaved(
             f"{num_units} timestamps and {len(image_tokens)} image token counts: an interleaved "
             "item needs one of each for every pair of frames, and at least one pair"
         )
-    as_official = official_tags and strategy == "average"
     pads: list[int | None]  # after each unit; None: no place for sound
-    if num_audio_tokens == 0 and not as_official:
+    if num_audio_tokens == 0:
         pads = [None] * num_units
     elif strategy == "average":
         share, rest = divmod(num_audio_tokens, num_units)
@@ -85,10 +77,7 @@ def plan_interleaved(
         if unit == has_sound[0]:
             parts.append(Part("audio_begin"))
         parts.append(Part("audio_pads", count=num_pads))
-        is_end = unit == has_sound[-1]
-        if as_official:
-            is_end = unit > 0 and (is_end or num_audio_tokens == 0)
-        if is_end:
+        if unit == has_sound[-1]:
             parts.append(Part("audio_end"))
     return tuple(part for part in parts if part.count and (part.text or part.kind != "timestamp"))
 
@@ -96,7 +85,7 @@ def plan_interleaved(
 def _sequential_pads(
     num_units: int, num_audio_tokens: int, units_per_second: int, chunk_seconds: float
 ) -> list[int | None]:
-    """Audio pads after each unit, None where no sound belongs: inside a chunk, or before the sound.
+    """Return the audio pads after each unit, None where no sound belongs: in a chunk or before it.
 
     A video longer than its sound begins alone; sound longer than its video ends in the last chunk.
     """
@@ -105,7 +94,7 @@ def _sequential_pads(
     units_per_chunk = int(units_per_second * chunk_seconds)
     if video_chunks * units_per_chunk != num_units:
         raise ValueError(  # as official
-            f"{num_units} pairs of frames, {units_per_second} a second, do not fill chunks of "
+            f"{num_units} pairs of frames, {units_per_second} a second, do not make chunks of "
             f"{chunk_seconds:g} s: set chunk_seconds to 1"
         )
     # 12.5 tokens a second: 12, and one more in every second chunk.

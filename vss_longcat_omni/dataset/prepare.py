@@ -1,8 +1,8 @@
-"""Samples -> files of frames and features, and of codes, made once and used by every run.
+"""Prepares samples as files of frames and features, and of codes, once for every run.
 
-The first thing that train_ds.py does (and, with --prepare_only, all). A file is named after the
-content of the sample's files and all settings that it depends on: what has changed is made again, a
-killed run goes on where it stopped, and several processes or nodes may start at once.
+It is the first thing that train_ds.py does (and, with --prepare_only, all). A file is named after
+the content of the sample's files and all settings that it depends on: what has changed is made
+again, a killed run continues where it stopped, and several processes or nodes may start at once.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: raised when what they hold changes
-MAX_TOLD = 10  # bad samples in one message
+MAX_REPORTED = 10  # bad samples in one message
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that prepared files depend on beside the sample itself."""
+    """Holds all that prepared files depend on beside the sample itself."""
 
     pixels: PixelConfig
-    model_folder: Path  # its audio/ tells how sound becomes features
+    model_folder: Path  # its audio/ says how sound becomes features
     frame_sampling: SamplingRule
     use_audio_track: bool = False  # the video's own sound before the question
 
     def fingerprint(self) -> str:
         fbank = load_fbank(self.model_folder)
-        hearing = [fbank.config.to_dict()]
+        sound = [fbank.config.to_dict()]
         if fbank.cmvn is not None:
-            hearing += [fbank.cmvn.mean.tolist(), fbank.cmvn.scale.tolist()]
-        facts = [FORMAT, asdict(self.pixels), hearing, self.frame_sampling, self.use_audio_track]
+            sound += [fbank.cmvn.mean.tolist(), fbank.cmvn.scale.tolist()]
+        facts = [FORMAT, asdict(self.pixels), sound, self.frame_sampling, self.use_audio_track]
         return _digest(json.dumps(facts))
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of one video and one question."""
+class MediaFeatures:
+    """Holds what the model gets of one video and one question."""
 
     frames: Tensor  # (frames, height, width, 3) uint8, resized
     timestamps: tuple[str, ...]  # of each pair of frames
@@ -89,19 +89,20 @@ class PreparedSample:
 
     @property
     def has_cached_transcript(self) -> bool:
-        """Its transcript is not the user's own output.txt."""
+        """Say whether its transcript is not the user's own output.txt."""
         own = self.sample.transcript
         return own is not None and own.parent != self.sample.output_audio.parent
 
-    def load_seen(self) -> Seen:
-        return Seen(self.load_frames(), self.timestamps, self.strategy, self.load_features())
+    def load_media(self) -> MediaFeatures:
+        frames, features = self.load_frames(), self.load_features()
+        return MediaFeatures(frames, self.timestamps, self.strategy, features)
 
     def load_frames(self) -> Tensor:
-        """(frames, height, width, 3) uint8, resized."""
+        """Read (frames, height, width, 3) uint8, resized."""
         return _read(self.path, "frames")
 
     def load_features(self) -> Tensor:
-        """(num_audio_tokens, feature size) float32."""
+        """Read (num_audio_tokens, feature size) float32."""
         return _read(self.path, "features")
 
 
@@ -118,7 +119,7 @@ def prepare(
     *,
     num_workers: int,
 ) -> list[PreparedSample]:
-    """Prepares what is not there yet; samples that cannot be read are left out with a warning.
+    """Prepare what is not there yet; samples that cannot be read are left out with a warning.
 
     Samples without a transcript get the one that tools/transcribe.py wrote into the cache, if it
     did. Videos and questions are read by `num_workers` processes, answers are encoded by this one,
@@ -130,37 +131,37 @@ def prepare(
     cache_dir.mkdir(parents=True, exist_ok=True)
     with locked(cache_dir / "prepare.lock"):
         digests = ContentDigests(cache_dir / "digests.json")
-        name_seen, name_said = settings.fingerprint(), f"{FORMAT} {codec.fingerprint}"
+        of_settings, of_codec = settings.fingerprint(), f"{FORMAT} {codec.fingerprint}"
         paths = {}
         for sample in samples:
-            seen = name_seen + digests.of(sample.video) + digests.of(sample.input_audio)
-            said = name_said + digests.of(sample.output_audio)
+            media = of_settings + digests.of(sample.video) + digests.of(sample.input_audio)
+            targets = of_codec + digests.of(sample.output_audio)
             paths[sample.name] = (
-                cache_dir / f"{_digest(seen)}.seen.safetensors",
-                cache_dir / f"{_digest(said)}.said.safetensors",
+                cache_dir / f"{_digest(media)}.seen.safetensors",
+                cache_dir / f"{_digest(targets)}.said.safetensors",
             )
         digests.save()
         samples = [with_transcript(sample, digests, cache_dir) for sample in samples]
-        problems = _prepare_seen(samples, paths, settings, num_workers)
-        problems |= _prepare_said(samples, paths, codec)
-    for text in list(problems.values())[:MAX_TOLD]:
+        problems = _prepare_media(samples, paths, settings, num_workers)
+        problems |= _prepare_targets(samples, paths, codec)
+    for text in list(problems.values())[:MAX_REPORTED]:
         logger.warning("left out: %s", text)
-    if len(problems) > MAX_TOLD:
-        logger.warning("%d more samples are left out", len(problems) - MAX_TOLD)
+    if len(problems) > MAX_REPORTED:
+        logger.warning("%d more samples are left out", len(problems) - MAX_REPORTED)
     if len(problems) == len(samples):
         raise ValueError(f"no sample could be read; the first: {next(iter(problems.values()))}")
     return [open_prepared(s, *paths[s.name]) for s in samples if s.name not in problems]
 
 
-def save_seen(sample: Sample, settings: Settings, path: Path) -> None:
-    """Raises ValueError or FileNotFoundError for a file that cannot be used, by its name."""
-    seen = look_and_listen(sample.video, sample.input_audio, settings)
-    metadata = {"timestamps": json.dumps(seen.timestamps), "strategy": seen.strategy}
-    _save({"frames": seen.frames, "features": seen.features}, path, metadata)
+def save_media(sample: Sample, settings: Settings, path: Path) -> None:
+    """Save a sample's media features; raises as `load_inputs`."""
+    media = load_inputs(sample.video, sample.input_audio, settings)
+    metadata = {"timestamps": json.dumps(media.timestamps), "strategy": media.strategy}
+    _save({"frames": media.frames, "features": media.features}, path, metadata)
 
 
-def look_and_listen(video: Path, audio: Path, settings: Settings) -> Seen:
-    """What the model gets of a video and a question.
+def load_inputs(video: Path, audio: Path, settings: Settings) -> MediaFeatures:
+    """Return what the model gets of a video and a question.
 
     Raises:
         ValueError, FileNotFoundError: a file that cannot be used, by its name.
@@ -173,25 +174,25 @@ def look_and_listen(video: Path, audio: Path, settings: Settings) -> Seen:
         if settings.use_audio_track and info.has_audio:
             sound = torch.cat([load_audio_track(video), sound])
         features = load_fbank(settings.model_folder)(sound)
-    return Seen(frames, chosen.timestamps, chosen.strategy, features)
+    return MediaFeatures(frames, chosen.timestamps, chosen.strategy, features)
 
 
-def open_prepared(sample: Sample, seen: Path, said: Path) -> PreparedSample:
-    with safe_open(seen, "pt") as file:
+def open_prepared(sample: Sample, media: Path, targets: Path) -> PreparedSample:
+    with safe_open(media, "pt") as file:
         metadata = file.metadata()
         return PreparedSample(
             sample=sample,
-            path=seen,
+            path=media,
             timestamps=tuple(json.loads(metadata["timestamps"])),
             strategy="average" if metadata["strategy"] == "average" else "sequential",
             frame_shape=tuple(file.get_slice("frames").get_shape()),
             num_audio_tokens=file.get_slice("features").get_shape()[0],
-            codes=_read(said, "codes").long(),
+            codes=_read(targets, "codes").long(),
         )
 
 
 def with_transcript(sample: Sample, digests: ContentDigests, cache_dir: Path) -> Sample:
-    """The sample, with the cached transcript where it has none of its own and there is one."""
+    """Return the sample, with the cached transcript where it has none of its own."""
     if sample.transcript is not None:
         return sample
     path = transcript_path(digests.of(sample.output_audio), cache_dir)
@@ -199,13 +200,13 @@ def with_transcript(sample: Sample, digests: ContentDigests, cache_dir: Path) ->
 
 
 def transcript_path(digest: str, cache_dir: Path) -> Path:
-    """Where tools/transcribe.py writes what an answer of this content says."""
+    """Return where tools/transcribe.py writes what an answer of this content says."""
     return cache_dir / "transcripts" / f"{digest}.txt"
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and the lock of a killed one is free."""
+    """Let one process in at a time; the others wait, and the lock of a killed one is free."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -213,7 +214,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """ValueErrors from inside begin with the file's name."""
+    """Let ValueErrors from inside begin with the file's name."""
     try:
         yield
     except ValueError as error:
@@ -222,7 +223,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class ContentDigests:
-    """Digests of files' content, remembered by size and time so that each is read once."""
+    """Remembers digests of files' content by size and time, so that each is read once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -246,13 +247,13 @@ class ContentDigests:
         temporary.replace(self.path)
 
 
-def _prepare_seen(
+def _prepare_media(
     samples: Sequence[Sample],
     paths: dict[str, tuple[Path, Path]],
     settings: Settings,
     num_workers: int,
 ) -> dict[str, str]:
-    """Name -> what is wrong, of the samples whose video or question cannot be used."""
+    """Return by name what is wrong with the samples whose video or question cannot be used."""
     todo = [sample for sample in samples if not _is_whole(paths[sample.name][0])]
     if not todo:
         return {}
@@ -261,7 +262,7 @@ def _prepare_seen(
     # reading a hundred samples. With one thread each they never touch the parent's thread pool.
     context = get_context("fork")
     with ProcessPoolExecutor(max(1, min(num_workers, len(todo))), context, _one_thread) as pool:
-        futures = {pool.submit(save_seen, s, settings, paths[s.name][0]): s for s in todo}
+        futures = {pool.submit(save_media, s, settings, paths[s.name][0]): s for s in todo}
         for future in tqdm(as_completed(futures), total=len(todo), desc="videos and questions"):
             try:
                 future.result()
@@ -270,12 +271,12 @@ def _prepare_seen(
     return problems
 
 
-def _prepare_said(
+def _prepare_targets(
     samples: Sequence[Sample], paths: dict[str, tuple[Path, Path]], codec: SpeechCodec
 ) -> dict[str, str]:
-    """The same for answers; one recording that answers several samples is encoded once."""
-    said = {sample.name: paths[sample.name][1] for sample in samples}
-    todo = {said[s.name]: s.output_audio for s in samples if not _is_whole(said[s.name])}
+    """Encode answers, each recording once; return by name what is wrong with those that fail."""
+    targets = {sample.name: paths[sample.name][1] for sample in samples}
+    todo = {targets[s.name]: s.output_audio for s in samples if not _is_whole(targets[s.name])}
     problems = {}
     for path, recording in tqdm(todo.items(), desc="answers", disable=not todo):
         try:
@@ -284,7 +285,7 @@ def _prepare_said(
             _save({"codes": codes.to(torch.int32)}, path, {})
         except (ValueError, OSError) as error:
             problems[path] = str(error)
-    return {name: problems[path] for name, path in said.items() if path in problems}
+    return {name: problems[path] for name, path in targets.items() if path in problems}
 
 
 def _one_thread() -> None:
@@ -300,7 +301,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     temporary = path.with_suffix(f".{os.getpid()}.partial")
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
     temporary.replace(path)

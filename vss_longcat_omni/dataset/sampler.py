@@ -1,4 +1,4 @@
-"""Which samples form a micro-batch, and the order of these: a function of seed, epoch and rank.
+"""Chooses which samples form a micro-batch, and the order of these, by seed, epoch and rank.
 
 Samples are packed to a budget of tokens, or grouped by length. A micro-batch's samples lie one
 after the other without padding in either case (collator.py), and see themselves alone.
@@ -19,7 +19,7 @@ GROUPED_BATCHES = 50  # sorted by length together, so that lengths stay mixed ov
 
 
 def pack(lengths: Sequence[int], max_tokens: int, *, seed: int) -> list[list[int]]:
-    """Indices of samples, each once, in packs whose lengths add up to `max_tokens` or less.
+    """Return indices of samples, each once, in packs of `max_tokens` or fewer in all.
 
     Raises:
         ValueError: one sample alone is longer.
@@ -48,7 +48,7 @@ def pack(lengths: Sequence[int], max_tokens: int, *, seed: int) -> list[list[int
 
 
 def group_by_length(lengths: Sequence[int], batch_size: int, *, seed: int) -> list[list[int]]:
-    """Indices of samples in batches of like lengths; the last batch may be smaller."""
+    """Return indices of samples in batches of like lengths; the last batch may be smaller."""
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     batches = []
@@ -61,7 +61,7 @@ def group_by_length(lengths: Sequence[int], batch_size: int, *, seed: int) -> li
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """This process's micro-batches of an epoch; every process gets the same number of them.
+    """Yields this process's micro-batches of an epoch; every process gets the same number of them.
 
     Args:
         batches: of the whole epoch, as `pack` or `group_by_length` makes them.

@@ -1,4 +1,4 @@
-"""Ids that steer the streams: special tokens of the text, reserved ids of the audio codes.
+"""Holds the ids that steer the streams: special text tokens, reserved ids of the audio codes.
 
 First step of the token streams: interleave.py, template.py, inference/answer.py and model/fusion.py
 take the ids from here. Names and order of the tokens: constants.py and data/multimodal_tokenizer.py
@@ -43,7 +43,7 @@ NUM_RESERVED_IDS, FIRST_MASK_ID = 150, 24
 
 @dataclass(frozen=True, kw_only=True)
 class CodecIds:
-    """Ids of an audio stream: three reserved ones matter, raw codes begin at `offset`."""
+    """Holds ids of an audio stream: three reserved ones matter, raw codes begin at `offset`."""
 
     num_streams: int = 4  # one semantic, then the acoustic ones
     offset: int = 32
@@ -53,7 +53,7 @@ class CodecIds:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the text stream; the defaults are the released ones."""
+    """Holds ids of the text stream; the defaults are the released ones."""
 
     bos: int = 1
     eos: int = 2
@@ -72,13 +72,13 @@ class SpecialTokens:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Text ids that no plain text may hold."""
+        """Return the text ids that no plain text may hold."""
         names = ("bos", "eos", "pad", *EXTENDED_TOKENS)
         return frozenset(getattr(self, name) for name in names)
 
 
 def read_special_tokens(tokenizer: Any, *, codec: CodecIds | None = None) -> SpecialTokens:
-    """The tokenizer's own ids (a transformers PreTrainedTokenizerBase).
+    """Return the tokenizer's own ids (a transformers PreTrainedTokenizerBase).
 
     A token is looked for under its reserved name (<mask_110>), then under its official one.
 
@@ -108,7 +108,7 @@ def read_special_tokens(tokenizer: Any, *, codec: CodecIds | None = None) -> Spe
 
 
 def name_mask_tokens(text: str) -> str:
-    """Decoded text with <mask_110> and its like under their official names."""
+    """Return decoded text with <mask_110> and its like under their official names."""
     for mask, name in MASK_TOKENS.items():
         text = text.replace(mask, name)
     return text
@@ -117,11 +117,11 @@ def name_mask_tokens(text: str) -> str:
 def build_byte_tokenizer(
     texts: Iterable[str] = (), *, vocab_size: int = NUM_RESERVED_IDS + 256
 ) -> PreTrainedTokenizerFast:
-    """A small real tokenizer for small models: 150 reserved ids, then one id a byte, then merges.
+    """Build a real tokenizer for small models: 150 reserved ids, then one id a byte, then merges.
 
     Every special token has the id and the name that it has in the released vocabulary. Merges are
     learned from `texts` up to `vocab_size` ids; the default has none. A letter a token can be too
-    many for its speech: an answer has one row every 60 ms, some 16 a second.
+    many for its speech: an answer has one frame every 60 ms, some 16 a second.
     """
     fillers = [f"<reserved_{i}>" for i in range(4, FIRST_MASK_ID)]
     masks = [f"<mask_{i}>" for i in range(NUM_RESERVED_IDS - FIRST_MASK_ID)]

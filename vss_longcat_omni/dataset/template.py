@@ -1,4 +1,4 @@
-"""A conversation -> the text stream, the four audio streams beside it, and their labels.
+"""Turns a conversation into the text stream, the four audio streams beside it, and their labels.
 
 Place in the data flow: train_ds.py makes the turns (interleave.py the media's part,
 speech/codec.py the answer's codes); collator.py packs the streams; inference/answer.py goes back.
@@ -6,15 +6,15 @@ Rules of data/multimodal_tokenizer.py and data/converters/audio_converter.py
 (meituan-longcat/LongCat-Flash-Omni), with the demo's settings: text prefixes, no round numbers.
 
 T positions, S audio streams (4: semantic, then acoustic), N codec frames of a segment. A segment
-takes N + 1 rows: its acoustic codes stand one row later than the semantic ones.
+takes N + 1 stream frames: its acoustic codes stand one frame later than the semantic ones.
 
-    row          0        1 .. N-1    N
+    frame        0        1 .. N-1    N
     text         t0       t1 ..       </pause> or </longcat_s> after the last token, then pads
     semantic     c0       c_n         EOS
     acoustic     PAD      a_(n-1)     a_(N-1)
 
 The template writes no bos, as official: there the pieces of a turn are encoded one by one, and one
-bos a piece would not fit beside its audio rows.
+bos a piece would not fit beside its audio frames.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Streams:
-    """One sample, int64."""
+    """Holds the streams of one sample, int64."""
 
     input_ids: Tensor  # (T,)
     audio_ids: Tensor  # (T, S), PAD where there is no code
@@ -54,19 +54,19 @@ class Streams:
 
 
 class _Run(NamedTuple):
-    """Positions of one role; `rows` (len(ids), S) where they have codes."""
+    """Holds positions of one role, with `frames` (len(ids), S) where they have codes."""
 
     ids: list[int]
     role: int = ROLE_NONE
-    rows: Tensor | None = None
+    frames: Tensor | None = None
 
 
 def build_streams(turns: Sequence[Turn], tokenizer: Any, *, tokens: SpecialTokens) -> Streams:
-    """Streams of a whole conversation, answers included.
+    """Return the streams of a whole conversation, answers included.
 
     Raises:
-        ValueError: an answer's text is longer than its rows, a text holds a special token, or codes
-            are not (N, S).
+        ValueError: an answer's text is longer than its frames, a text holds a special token, or
+            codes are not (N, S).
     """
     runs = [run for turn in turns for run in _turn_runs(turn, tokenizer, tokens)]
     return _join(runs, tokens.codec)
@@ -75,7 +75,7 @@ def build_streams(turns: Sequence[Turn], tokenizer: Any, *, tokens: SpecialToken
 def build_prompt(
     turns: Sequence[Turn], tokenizer: Any, *, tokens: SpecialTokens, speak: bool = True
 ) -> Streams:
-    """Streams up to where the next answer begins; `speak` False asks for text alone.
+    """Return streams up to where the next answer begins; `speak` False asks for text alone.
 
     A prefix of what `build_streams` gives for the same turns and the answer.
     """
@@ -85,20 +85,17 @@ def build_prompt(
     return _join(runs, tokens.codec)
 
 
-def build_labels(
-    streams: Streams, *, tokens: SpecialTokens, train_text_pads: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(text_labels (T,), audio_labels (T, S)), each at the position it describes: shift when used.
+def build_labels(streams: Streams, *, tokens: SpecialTokens) -> tuple[Tensor, Tensor]:
+    """Return text_labels (T,), audio_labels (T, S), at the positions they describe: shift them.
 
-    Text: the assistant's body. Its text pads only if asked for: from the end of a segment's text to
-    the end of its sound, the official decoding never asks for text, and pads would be most of the
-    text loss.
+    Text: the assistant's body but for its text pads: from the end of a segment's text to the end of
+    its sound, the official decoding never asks for text, and pads would be most of the text loss.
 
     Audio: every id in the assistant's body that is not PAD, the semantic EOS included. The acoustic
-    PADs of a segment's first row are none: official decoding throws that row's acoustic ids away.
+    PADs of a segment's first frame are none: official decoding throws its acoustic ids away.
     """
     is_answer = streams.roles == ROLE_ASSISTANT
-    is_text = is_answer if train_text_pads else is_answer & (streams.input_ids != tokens.pad)
+    is_text = is_answer & (streams.input_ids != tokens.pad)
     is_code = is_answer[..., None] & (streams.audio_ids != tokens.codec.pad)
     return (
         streams.input_ids.where(is_text, IGNORE_INDEX),
@@ -106,17 +103,8 @@ def build_labels(
     )
 
 
-def drop_speech(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with every spoken answer as plain text: segments joined, no codes.
-
-    What the official batch encoder does with a conversation that `build_streams` refuses. It drops
-    the speech without a word to the user, so nothing here calls it unasked.
-    """
-    return [_as_text(turn) if turn.role == "voice assistant" else turn for turn in turns]
-
-
 def encode_text(text: str, tokenizer: Any, *, tokens: SpecialTokens) -> list[int]:
-    """Ids of plain text; markup in it stays text, so that no transcript can open a sound.
+    """Return ids of plain text; markup in it stays text, so that no transcript can open a sound.
 
     Raises ValueError where the tokenizer makes a special token of it all the same.
     """
@@ -131,7 +119,7 @@ def encode_text(text: str, tokenizer: Any, *, tokens: SpecialTokens) -> list[int
 
 
 def encode_media(parts: Sequence[Part], tokenizer: Any, *, tokens: SpecialTokens) -> list[int]:
-    """Ids of a plan of interleave.py."""
+    """Return the ids of a plan of interleave.py."""
     token_of = {
         "image_tokens": tokens.image_pad,
         "audio_begin": tokens.audio_begin,
@@ -150,7 +138,7 @@ def encode_media(parts: Sequence[Part], tokenizer: Any, *, tokens: SpecialTokens
 def encode_segment(
     segment: Segment, tokenizer: Any, *, tokens: SpecialTokens, is_last: bool
 ) -> list[int]:
-    """Text ids of a segment with its terminator, not yet padded; none when text-pad-only."""
+    """Return a segment's text ids with its terminator, not yet padded; none when text-pad-only."""
     if segment.text is None:
         return []
     ids = encode_text(segment.text, tokenizer, tokens=tokens)
@@ -158,26 +146,26 @@ def encode_segment(
 
 
 def delay_codes(codes: Tensor, *, codec: CodecIds) -> Tensor:
-    """(N, S) raw codes -> (N + 1, S) rows: + offset, acoustics one row later, semantic EOS."""
+    """Delay (N, S) raw codes to (N + 1, S) frames: + offset, acoustics one later, semantic EOS."""
     if codes.ndim != 2 or codes.shape[1] != codec.num_streams or len(codes) == 0:
         raise ValueError(
             f"codes of shape {tuple(codes.shape)}: a segment of speech needs (frames, "
-            f"{codec.num_streams}) codes and at least one frame; encode the recording anew"
+            f"{codec.num_streams}) codes and at least one frame; encode the recording again"
         )
     if codes.is_floating_point() or (codes < 0).any():
         raise ValueError(
             f"codes must be integers from 0, found {codes.dtype} with minimum {codes.min()}: give "
-            "the codec's raw codes, not rows of the audio streams"
+            "the codec's raw codes, not frames of the audio streams"
         )
-    rows = torch.full((len(codes) + 1, codec.num_streams), codec.pad, dtype=torch.int64)
-    rows[:-1, 0] = codes[:, 0] + codec.offset
-    rows[-1, 0] = codec.eos
-    rows[1:, 1:] = codes[:, 1:] + codec.offset
-    return rows
+    frames = torch.full((len(codes) + 1, codec.num_streams), codec.pad, dtype=torch.int64)
+    frames[:-1, 0] = codes[:, 0] + codec.offset
+    frames[-1, 0] = codec.eos
+    frames[1:, 1:] = codes[:, 1:] + codec.offset
+    return frames
 
 
 def _turn_runs(turn: Turn, tokenizer: Any, tokens: SpecialTokens) -> list[_Run]:
-    """Prefix, items, newline; a user's are all of the user's role, the others' only the items."""
+    """Return prefix, items, newline: a user's are all of that role, others' only the items."""
     role = ROLES[turn.role]
     edge = role if turn.role == "user" else ROLE_NONE
     runs = [_Run(encode_text(_prefix(turn.role), tokenizer, tokens=tokens), edge)]
@@ -197,27 +185,27 @@ def _turn_runs(turn: Turn, tokenizer: Any, tokens: SpecialTokens) -> list[_Run]:
 
 
 def _voice_runs(item: VoiceItem, tokenizer: Any, tokens: SpecialTokens, role: int) -> list[_Run]:
-    """Text and codes side by side; a user's speech as codes has text pads only, as official.
+    """Put text and codes side by side; a user's speech as codes has text pads only, as official.
 
-    A text may fill all N + 1 rows, as official. Its terminator then stands beside the semantic EOS,
-    so a decoder has to look for that EOS in the terminator's row too (the serving port does not).
+    A text may take all N + 1 frames, as official. Its terminator is then beside the semantic EOS,
+    so a decoder has to look for that EOS in the terminator's frame too (the serving port does not).
     """
     runs = []
     total = len(item.segments)
     for number, segment in enumerate(item.segments, 1):
-        rows = delay_codes(segment.codes, codec=tokens.codec)
+        frames = delay_codes(segment.codes, codec=tokens.codec)
         ids: list[int] = []
         if role != ROLE_USER:
             is_last = number == total
             ids = encode_segment(segment, tokenizer, tokens=tokens, is_last=is_last)
-        if len(ids) > len(rows):
+        if len(ids) > len(frames):
             raise ValueError(
                 f"segment {number} of {total} of an answer: its text takes {len(ids)} tokens, the "
-                f"terminator included, but {len(segment.codes)} codec frames give {len(rows)} rows "
-                f"(text: {_shorten(segment.text)!r}). Check that the transcript belongs to the "
-                "recording; else shorten it or leave the sample out"
+                f"terminator included, but {len(segment.codes)} codec frames give {len(frames)} "
+                f"stream frames (text: {_shorten(segment.text)!r}). Check that the transcript "
+                "belongs to the recording; else shorten it or leave the sample out"
             )
-        runs.append(_Run(ids + [tokens.pad] * (len(rows) - len(ids)), role, rows))
+        runs.append(_Run(ids + [tokens.pad] * (len(frames) - len(ids)), role, frames))
     return runs
 
 
@@ -228,20 +216,10 @@ def _join(runs: Sequence[_Run], codec: CodecIds) -> Streams:
     audio_ids = input_ids.new_full((len(input_ids), codec.num_streams), codec.pad)
     start = 0
     for run in runs:
-        if run.rows is not None:
-            audio_ids[start : start + len(run.rows)] = run.rows
+        if run.frames is not None:
+            audio_ids[start : start + len(run.frames)] = run.frames
         start += len(run.ids)
     return Streams(input_ids, audio_ids, roles)
-
-
-def _as_text(turn: Turn) -> Turn:
-    items = tuple(
-        TextItem("".join(segment.text or "" for segment in item.segments))
-        if isinstance(item, VoiceItem)
-        else item
-        for item in turn.items
-    )
-    return Turn("assistant", items)
 
 
 def _prefix(role: str) -> str:

@@ -1,7 +1,8 @@
-"""A model that can be asked: its weights and adapter, what it sees, and its codec, in one object.
+"""Makes a model that can be asked: its weights and adapter, its media settings and its codec.
 
-Place in the data flow: dataset/prepare.py looks and listens, dataset/template.py writes the prompt,
-decoding.py continues it, answer.py reads what came; generate.py, measure.py and tools/judge.py ask.
+Place in the data flow: dataset/prepare.py loads the inputs, dataset/template.py writes the prompt,
+decoding.py continues it, answer.py reads what came; generate.py, measure.py and
+tools/closed_questions.py ask.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vss_longcat_omni.dataset.examples import plan_media, pool
-from vss_longcat_omni.dataset.prepare import Settings, look_and_listen
+from vss_longcat_omni.dataset.prepare import Settings, load_inputs
 from vss_longcat_omni.dataset.special_tokens import read_special_tokens
 from vss_longcat_omni.dataset.template import build_prompt
 from vss_longcat_omni.inference.answer import read_answer
-from vss_longcat_omni.inference.decoding import DecodingOptions, generate_rows
+from vss_longcat_omni.inference.decoding import DecodingOptions, generate_frames
 from vss_longcat_omni.media.pixels import PixelConfig, to_patches
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
@@ -32,7 +33,7 @@ from vss_longcat_omni.train_ds import preprocess_function
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vss_longcat_omni.dataset.prepare import Seen
+    from vss_longcat_omni.dataset.prepare import MediaFeatures
     from vss_longcat_omni.inference.answer import SpokenAnswer
     from vss_longcat_omni.speech.codec import SpeechCodec
 
@@ -49,25 +50,25 @@ class Answerer:
     options: DecodingOptions
 
     def answer(self, video: Path, audio: Path) -> SpokenAnswer:
-        """Raises ValueError or FileNotFoundError for a file that cannot be used."""
-        return self.answer_seen(look_and_listen(video, audio, self.settings), video.parent)
+        """Answer; raises ValueError or FileNotFoundError for a file that cannot be used."""
+        return self.answer_media(load_inputs(video, audio, self.settings), video.parent)
 
-    def answer_seen(self, seen: Seen, folder: Path) -> SpokenAnswer:
-        """The same for what was seen, which a judge may have blanked or silenced."""
+    def answer_media(self, media: MediaFeatures, folder: Path) -> SpokenAnswer:
+        """Answer to features, which an evaluator may have blanked or silenced."""
         pixels, tokens = self.settings.pixels, self.model.tokens
-        shape, num_audio_tokens = tuple(seen.frames.shape), len(seen.features)
-        media = plan_media(shape, seen.timestamps, seen.strategy, num_audio_tokens, pixels=pixels)
+        shape, num_audio_tokens = tuple(media.frames.shape), len(media.features)
+        item = plan_media(shape, media.timestamps, media.strategy, num_audio_tokens, pixels=pixels)
         no_codes = torch.zeros(1, tokens.codec.num_streams, dtype=torch.long)
-        turns = preprocess_function(folder, media, None, no_codes, system_prompt=self.system_prompt)
+        turns = preprocess_function(folder, item, None, no_codes, system_prompt=self.system_prompt)
         prompt = build_prompt(turns[:-1], self.tokenizer, tokens=tokens)
-        pixel_values, grids = to_patches(seen.frames, pixels)
+        pixel_values, grids = to_patches(media.frames, pixels)
         pictures = {"grids": grids, "pooled_grids": pool(grids, pixels)}
         pictures["pixel_values"] = pixel_values
-        sound = {"features": seen.features[None], "num_tokens": num_audio_tokens}
+        sound = {"features": media.features[None], "num_tokens": num_audio_tokens}
         sound["lengths"] = torch.tensor([num_audio_tokens])
         inputs: Any = send_to_device((pictures, sound), self.model.lm_head.weight.device)
-        text, rows = generate_rows(self.model, prompt, *inputs, self.options)
-        return read_answer(text.cpu(), rows.cpu(), self.tokenizer, tokens=tokens)
+        text, audio = generate_frames(self.model, prompt, *inputs, self.options)
+        return read_answer(text.cpu(), audio.cpu(), self.tokenizer, tokens=tokens)
 
 
 def load_answerer(
@@ -80,10 +81,10 @@ def load_answerer(
     frame_sampling: Any = "multimodal_interleaved",
     use_audio_track: bool = False,
     max_vision_tokens: int = 28672,
-    max_rows: int = 500,
+    max_frames: int = 500,
     has_text: bool = True,
 ) -> Answerer:
-    """A model and an adapter by their folders or hub ids.
+    """Load a model and an adapter by their folders or hub ids.
 
     Raises ValueError or FileNotFoundError for one that is not there or not whole.
     """
@@ -108,5 +109,7 @@ def load_answerer(
         use_audio_track=use_audio_track,
     )
     codec = open_codec(str(codec_folder), device=device)
-    options = DecodingOptions(max_rows=max_rows, num_codes=codec.book_sizes, has_text=has_text)
+    options = DecodingOptions(
+        max_frames=max_frames, num_codes=codec.codebook_sizes, has_text=has_text
+    )
     return Answerer(model.to(device).eval(), tokenizer, settings, codec, system_prompt, options)

@@ -1,4 +1,4 @@
-"""Loss, answers, what is heard in them and how long they took, of every sample of a split.
+"""Measures loss, answers, their transcripts and their time for every sample of a split.
 
 evaluate.py hands over a model that can answer and prepared samples; metrics.py counts.
 """
@@ -19,13 +19,13 @@ from tqdm import tqdm
 from vss_longcat_omni.dataset.collator import collate
 from vss_longcat_omni.dataset.examples import VssDataset
 from vss_longcat_omni.dataset.folders import read_transcript
-from vss_longcat_omni.inference.metrics import Result, summarise
+from vss_longcat_omni.inference.metrics import Result, summarize
 from vss_longcat_omni.media.audio import audio_duration, load_audio, resample, save_audio
 from vss_longcat_omni.speech.recognizer import (
     NEEDS_EVAL,
     SAMPLE_RATE,
     is_installed,
-    load_recogniser,
+    load_recognizer,
 )
 from vss_longcat_omni.train_ds import preprocess_function
 from vss_longcat_omni.training.metrics import describe, stack_sums
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from vss_longcat_omni.dataset.prepare import PreparedSample
     from vss_longcat_omni.inference.answerer import Answerer
-    from vss_longcat_omni.speech.recognizer import Recogniser
+    from vss_longcat_omni.speech.recognizer import Recognizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,26 +51,30 @@ def evaluate(
     prepared: Sequence[PreparedSample],
     *,
     out: Path,
-    recogniser: Recogniser | None,
+    recognizer: Recognizer | None,
     writer: SummaryWriter | None = None,
 ) -> dict[str, Any]:
-    """The summary of metrics.py. results.jsonl grows line by line: a run that dies leaves them."""
+    """Return the summary of metrics.py; a run that dies leaves the lines of results.jsonl so far.
+
+    Raises:
+        ValueError: as `compute_losses`.
+    """
     losses = compute_losses(answerer, prepared)
     out.mkdir(parents=True, exist_ok=True)
     # The first use of a kernel loads it, which is no computing of the model's.
-    few_rows = dataclasses.replace(answerer.options, max_rows=2)
-    answer_sample(dataclasses.replace(answerer, options=few_rows), prepared[0])
+    few_frames = dataclasses.replace(answerer.options, max_frames=2)
+    answer_sample(dataclasses.replace(answerer, options=few_frames), prepared[0])
     results: list[Result] = []
     with (out / "results.jsonl").open("w", encoding="utf-8") as file:
         for sample in tqdm(prepared, desc="answering", unit="sample"):
             result, speech = answer_sample(answerer, sample)
-            judge(result, speech, answerer, sample, out=out, recogniser=recogniser)
+            score(result, speech, answerer, sample, out=out, recognizer=recognizer)
             if writer is not None and len(results) < NUM_SHOWN:
                 show(writer, result, speech, answerer, sample)
             results.append(result)
             file.write(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n")
             file.flush()
-    summary = summarise(results, losses, recogniser)
+    summary = summarize(results, losses, recognizer)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     return summary
@@ -78,7 +82,8 @@ def evaluate(
 
 @torch.no_grad()
 def compute_losses(answerer: Answerer, prepared: Sequence[PreparedSample]) -> dict[str, float]:
-    """Loss and accuracy of each term over all samples, teacher forced: `training.metrics.describe`.
+    """Compute loss and accuracy of each term over all samples, teacher forced, as
+    `training.metrics.describe` returns them.
 
     Raises:
         ValueError: a transcript is missing, or longer than its answer.
@@ -100,16 +105,16 @@ def compute_losses(answerer: Answerer, prepared: Sequence[PreparedSample]) -> di
 
 
 def answer_sample(answerer: Answerer, sample: PreparedSample) -> tuple[Result, Tensor]:
-    """The answer to a sample, timed, and its waveform (S,) at the codec's rate."""
-    seen, codec, files = sample.load_seen(), answerer.codec, sample.sample
+    """Return the answer to a sample, timed, and its waveform (S,) at the codec's rate."""
+    media, codec, files = sample.load_media(), answerer.codec, sample.sample
     started = time.perf_counter()
-    answer = answerer.answer_seen(seen, files.video.parent)
+    answer = answerer.answer_media(media, files.video.parent)
     speech = codec.decode(answer.codes) if len(answer.codes) else torch.empty(0)
     computing_seconds = time.perf_counter() - started
     result = Result(
         name=files.name,
         expected=None if files.transcript is None else read_transcript(files.transcript),
-        said=answer.text if answerer.options.has_text else None,
+        answer=answer.text if answerer.options.has_text else None,
         is_finished=answer.is_finished,
         wav=None,
         seconds=len(speech) / codec.sample_rate,
@@ -119,27 +124,28 @@ def answer_sample(answerer: Answerer, sample: PreparedSample) -> tuple[Result, T
     return result, speech
 
 
-def judge(
+def score(
     result: Result,
     speech: Tensor,
     answerer: Answerer,
     sample: PreparedSample,
     *,
     out: Path,
-    recogniser: Recogniser | None,
+    recognizer: Recognizer | None,
 ) -> None:
-    """Writes the speech, and puts in `result` what the recogniser makes of it."""
+    """Write the speech, and put in `result` what the recognizer makes of it."""
     rate = answerer.codec.sample_rate
     if len(speech):
         path = out / f"{result.name}.wav"
         save_audio(path, speech, sample_rate=rate)
         result.wav = str(path)
-    if recogniser is None:
+    if recognizer is None:
         return
-    # Without sound every word counts as lost.
-    result.heard = recogniser.hear(resample(speech, rate, SAMPLE_RATE)) if len(speech) else ""
+    result.transcribed = ""  # without sound every word counts as lost
+    if len(speech):
+        result.transcribed = recognizer.transcribe(resample(speech, rate, SAMPLE_RATE))
     round_trip = resample(answerer.codec.decode(sample.codes), rate, SAMPLE_RATE)
-    result.round_trip_heard = recogniser.hear(round_trip)
+    result.round_trip_transcribed = recognizer.transcribe(round_trip)
 
 
 def show(
@@ -149,19 +155,19 @@ def show(
     answerer: Answerer,
     sample: PreparedSample,
 ) -> None:
-    """The answer, the true one and the texts of both, in TensorBoard."""
+    """Show the answer, the true one and the texts of both in TensorBoard."""
     true_speech = load_audio(sample.sample.output_audio)
     writer.add_audio(f"{result.name}/true answer", true_speech[None], sample_rate=SAMPLE_RATE)
     if len(speech):
         rate = answerer.codec.sample_rate
         writer.add_audio(f"{result.name}/answer", speech[None], sample_rate=rate)
-    texts = {"true": result.expected, "said": result.said, "heard": result.heard}
+    texts = {"true": result.expected, "answer": result.answer, "transcribed": result.transcribed}
     lines = [f"{name}: {text}" for name, text in texts.items() if text is not None]
     writer.add_text(f"{result.name}/texts", "  \n".join(lines))
 
 
-def choose_recogniser(spec: str, device: str) -> Recogniser | None:
-    """What --asr names, with a warning of what will not be measured.
+def choose_recognizer(spec: str, device: str) -> Recognizer | None:
+    """Load what --asr names, with a warning of what will not be measured.
 
     Raises:
         ValueError, FileNotFoundError: something was asked for and cannot be had.
@@ -170,7 +176,7 @@ def choose_recogniser(spec: str, device: str) -> Recogniser | None:
         if spec not in ("auto", "none"):
             raise ValueError(f"--asr {spec}: word errors need jiwer; {NEEDS_EVAL}")
         logger.warning("no word error rates: jiwer is missing; %s", NEEDS_EVAL)
-    recogniser = load_recogniser(spec, device=device)
-    if recogniser is None:
+    recognizer = load_recognizer(spec, device=device)
+    if recognizer is None:
         logger.warning("no ASR-WER: pocketsphinx is missing or --asr is none; %s", NEEDS_EVAL)
-    return recogniser
+    return recognizer

@@ -9,7 +9,6 @@ Shapes: r rank.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vss_longcat_omni.model.saving import TRAINED_MODULES
+from vss_longcat_omni.options.run_arguments import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ NEUTRAL = {
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "target_modules", "task_type",
 }  # fmt: skip
-# All others must be empty, or one of these. Other ways to initialise change the base too.
+# All others must be empty, or one of these. Other ways to initialize change the base too.
 PLAIN = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal"),
@@ -57,7 +57,7 @@ Change: TypeAlias = LoraPair | Tensor  # a tensor takes the stored one's place
 
 
 def apply_change(stored: Tensor, change: Change, dtype: torch.dtype | None = None) -> Tensor:
-    """The new weight, computed in float32 and rounded to `dtype` (None: as stored)."""
+    """Return the new weight, computed in float32 and rounded to `dtype` (None: as stored)."""
     if isinstance(change, LoraPair):
         merged = stored.float() + change.scale * (change.b.float() @ change.a.float())
     else:
@@ -66,7 +66,7 @@ def apply_change(stored: Tensor, change: Change, dtype: torch.dtype | None = Non
 
 
 def read_adapter(folder: Path) -> dict[str, Change]:
-    """What changes, by the model's names: pairs to add, and whole tensors to put in their place.
+    """Return what changes, by the model's names: pairs to add, and whole tensors in their place.
 
     Raises:
         ValueError: a file is missing or broken, or the adapter is more than plain LoRA.
@@ -103,10 +103,7 @@ def read_adapter(folder: Path) -> dict[str, Change]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file: {path.parent} is no folder of an adapter.")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    config = read_json(path, name=str(path))
     for key, value in config.items():
         is_known = key in FOLLOWED | NEUTRAL or value in PLAIN.get(key, ())
         if value and not is_known:
@@ -121,7 +118,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _find(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value whose pattern stands for the end of the module's name; the first, as in PEFT."""
+    """Return the first value whose pattern ends the module's name, as in PEFT."""
     items = (patterns or {}).items()
     return next((v for k, v in items if re.match(rf"(.*\.)?({k})$", module)), default)
 
@@ -142,7 +139,7 @@ def _read_trained(path: Path) -> dict[str, Tensor]:
 
 
 def compute_digest(folder: Path) -> str:
-    """Of all that is read here."""
+    """Return the sha256 of all that is read here."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS, TRAINED_MODULES):
         if (folder / name).is_file():

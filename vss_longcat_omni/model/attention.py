@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA) over packed sequences, as LongCat-Flash has it.
+"""Computes multi-head latent attention (MLA) over packed sequences, as LongCat-Flash has it.
 
 Two low-rank projections: queries through `q_lora_rank`, keys and values through one latent of
 `kv_lora_rank` that all heads share, beside one rotary key. Both are scaled by
@@ -37,13 +37,13 @@ BACKENDS = [
     SDPBackend.MATH,
 ]
 MAX_PADDED = 1.5  # times the tokens, what they may become by padding
-PAD_MULTIPLE = 64  # few shapes: cuDNN plans each anew
+PAD_MULTIPLE = 64  # few shapes: cuDNN plans each one
 LATENT_NORM_EPS = 1e-6  # not the config's rms_norm_eps: these two norms keep the class's default
 
 
 @dataclass
 class LatentCache:
-    """What one attention sublayer keeps of the tokens so far: C + R numbers a token."""
+    """Holds what one attention sublayer keeps of the tokens so far: C + R numbers a token."""
 
     latents: Tensor | None = None  # (L, C), normed and scaled
     rotary_keys: Tensor | None = None  # (L, R)
@@ -96,7 +96,7 @@ class LongcatFlashMLA(nn.Module):
         lengths: Sequence[int],
         cache: LatentCache | None = None,
     ) -> Tensor:
-        """(T, H) -> (T, H); each of the packed sequences, of these `lengths`, sees itself alone.
+        """Attend, (T, H) to (T, H); each packed sequence, of these `lengths`, sees itself alone.
 
         With a `cache`, x continues the one sequence that is in it.
         """
@@ -116,11 +116,11 @@ class LongcatFlashMLA(nn.Module):
         return self.o_proj(attend(q, k, v, lengths, scale=self.softmax_scale).flatten(1))
 
     def _expand(self, latents: Tensor) -> Tensor:
-        """(T, C) -> (T, A, N + V): the keys' part without position, and the values."""
+        """Expand (T, C) to (T, A, N + V): the keys' part without position, and the values."""
         return self.kv_b_proj(latents).unflatten(-1, (self.num_heads, -1))
 
     def _attend_latents(self, q: Tensor, cache: LatentCache) -> Tensor:
-        """(T, A * V): the last T of the cached tokens, without keys and values of the others.
+        """Return (T, A * V) for the last T cached tokens, without keys and values of the others.
 
         q (W_k c) = (W_k^T q) c: the latents themselves serve as keys and values of one shared head.
         kv_b_proj of the unit matrix is its weight, transposed, whatever adapter is on it.
@@ -148,21 +148,21 @@ class LongcatFlashMLA(nn.Module):
 
 @fused
 def rotate_queries(q: Tensor, cos: Tensor, sin: Tensor, nope_dim: int, scale: float) -> Tensor:
-    """(T, A, N + R), times `scale`, the last R turned."""
+    """Scale (T, A, N + R) and rotate the last R."""
     q_nope, q_rope = (q * scale).tensor_split([nope_dim], dim=-1)
     return torch.cat([q_nope, rotate(q_rope, cos, sin)], dim=-1)
 
 
 @fused
 def expand_keys(expanded: Tensor, k_rope: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
-    """(T, A, N + V), and the heads' common (T, R) -> keys (T, A, N + R) and values (T, A, V)."""
+    """Return keys (T, A, N + R) and values (T, A, V) from (T, A, N + V) and the common (T, R)."""
     k_nope, values = expanded.tensor_split([nope_dim], dim=-1)
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, expanded.shape[1], -1)], dim=-1)
     return k, values.contiguous()  # a view would give the backward two gradients to add
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float) -> Tensor:
-    """Causal attention inside each packed sequence: q, k (T, A, N + R), v (T, A, V) -> (T, A, V).
+    """Attend causally in each packed sequence: q, k (T, A, N + R), v (T, A, V) -> (T, A, V).
 
     Without FlashAttention-4 sequences of similar lengths are padded to the longest, others take one
     call each: the block-diagonal mask of a pack would cost the square of its length.
@@ -173,15 +173,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: fl
     longest = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
     if len(lengths) > 1 and len(lengths) * longest <= MAX_PADDED * len(q):
         places = compute_places(tuple(lengths), longest, q.device)
-        rows = (pad(x, places, (len(lengths), longest)) for x in (q, k, v))
-        return attend_rows(*rows, scale=scale).flatten(0, 1).index_select(0, places)
+        padded = (pad(x, places, (len(lengths), longest)) for x in (q, k, v))
+        return attend_padded(*padded, scale=scale).flatten(0, 1).index_select(0, places)
     each = zip(*(x[None].split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([attend_rows(*one, scale=scale) for one in each], dim=1)[0]
+    return torch.cat([attend_padded(*one, scale=scale) for one in each], dim=1)[0]
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """q, k (S, P, A, N + R), v (S, P, A, V) -> (S, P, A, V). What pads a sequence comes after all
-    that is real, so it is never seen."""
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Attend: q, k (S, P, A, N + R), v (S, P, A, V) -> (S, P, A, V). What pads a sequence comes
+    after all that is real, so nothing attends to it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(BACKENDS, set_priority=True):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -189,14 +189,14 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 
 def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(T, A, D) -> (S, P, A, D), zeros where no token is."""
-    rows = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
-    return rows.index_copy(0, places, x).unflatten(0, shape)
+    """Pad (T, A, D) to (S, P, A, D) with zeros where no token is."""
+    padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    return padded.index_copy(0, places, x).unflatten(0, shape)
 
 
 @functools.lru_cache(maxsize=4)
 def compute_places(lengths: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
-    """(T,), where each token lies among rows of `longest`."""
+    """Return (T,), where each token lies among sequences padded to `longest`."""
     starts = range(0, longest * len(lengths), longest)
     places = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
     return torch.cat(places).to(device)
@@ -204,22 +204,22 @@ def compute_places(lengths: tuple[int, ...], longest: int, device: torch.device)
 
 @functools.lru_cache(maxsize=4)
 def compute_bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(S + 1,) int32, where S packed sequences begin and end. Copied to the device once a pack, not
-    in each attention: the copy waits for the GPU."""
+    """Return (S + 1,) int32, where S packed sequences begin and end. It is copied to the device
+    once a pack, not in each attention: the copy waits for the GPU."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def compute_rotation(
     position_ids: Tensor, rope_dim: int, rope_theta: float
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (T, 1, R / 2) float32, of the positions (T,)."""
+    """Return cosines and sines, (T, 1, R / 2) float32, of the positions (T,)."""
     exponents = torch.arange(0, rope_dim, 2, device=position_ids.device).float() / rope_dim
     angles = position_ids[:, None, None].float() / rope_theta**exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (0, 1), (2, 3), ... of x (T, A, R) in float32.
+    """Rotate the pairs (0, 1), (2, 3), ... of x (T, A, R) in float32.
 
     The pairs' first members come out before the second ones, in queries and keys alike.
     """

@@ -1,7 +1,7 @@
-"""FlashAttention-4 for packed sequences, where the package flash-attn-4 is installed.
+"""Calls FlashAttention-4 for packed sequences, where the package flash-attn-4 is installed.
 
-Hopper and Blackwell, bfloat16; all sequences of a pack in one call, queries and keys of another
-width than values, as MLA has them.
+It needs Hopper or Blackwell, and bfloat16. One call takes all sequences of a pack, and queries and
+keys of another width than values, as MLA has them.
 
 Shapes: T packed tokens, A heads, D width of queries and keys, V width of values, S sequences.
 """
@@ -35,7 +35,7 @@ def _is_ready(device: torch.device) -> bool:
 
 
 class Flash4(torch.autograd.Function):
-    """Causal: q, k (T, A, D), v (T, A, V), bounds (S + 1,) int32, longest, scale -> (T, A, V)"""
+    """Attends causally: q, k (T, A, D), v (T, A, V), bounds (S + 1,) int32 -> (T, A, V)."""
 
     @staticmethod
     def forward(

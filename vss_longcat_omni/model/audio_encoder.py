@@ -1,11 +1,11 @@
-"""The ears: features of the sound -> one embedding of the language model's width every 80 ms.
+"""Encodes features of the sound to one embedding of the language model's width every 80 ms.
 
 Follows media/fbank.py in the data flow; the embeddings stand in for the audio pads (model/omni.py).
-A streaming DFSMN: no attention, each layer remembers through a depthwise convolution over past
-positions, and one to come in the last layers. Parameter names, order of operations and defaults
-follow encoders/audio_adaptor.py of meituan-longcat/LongCat-Flash-Omni, so that audio_encoder.pt and
-audio_projector.pt load as they are; tests hold it against outputs and gradients of the official
-code.
+It is a streaming DFSMN: no attention, each layer remembers through a depthwise convolution over
+past positions, and one to come in the last layers. Parameter names, order of operations and
+defaults follow encoders/audio_adaptor.py of meituan-longcat/LongCat-Flash-Omni, so that
+audio_encoder.pt and audio_projector.pt load as they are; tests compare it with outputs and
+gradients of the official code.
 
 B clips, T positions of the longest, N positions that are sound, P proj_size, H hidden_size.
 """
@@ -28,7 +28,7 @@ ACTIVATIONS = {"relu6": 6.0, "relu2": 2.0, "relu": torch.inf}  # where they stop
 
 @dataclass(frozen=True, kw_only=True)
 class AudioEncoderConfig:
-    """The keys of the released audio/config.json with its class's own defaults.
+    """Has the keys of the released audio/config.json with its class's own defaults.
 
     Raises ValueError for a value that cannot work.
     """
@@ -70,18 +70,18 @@ class AudioEncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AudioEncoderConfig:
-        """Keys that are not the encoder's own (transformers writes some) are left alone."""
+        """Read the encoder's own keys; others (transformers writes some) are left alone."""
         names = {entry.name for entry in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
     @property
     def output_size(self) -> int:
-        """Width of the encoder's output."""
+        """Return the width of the encoder's output."""
         return self.hidden_size if self.ndnn else self.proj_size
 
 
 class AudioEncoderLayer(nn.Module):
-    """Memory over past (and coming) positions, then a feed-forward part; both add to the input."""
+    """Adds a memory over past (and coming) positions, then a feed-forward part, to the input."""
 
     def __init__(self, config: AudioEncoderConfig, *, right_order: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class AudioEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, P) -> (B, T, P); `mask` (B, T, 1) silences what the memory hears."""
+        """Encode (B, T, P) to (B, T, P); `mask` (B, T, 1) zeroes what the memory convolves."""
         normed = self.memory_ln(x)
         if mask is not None:
             normed = normed * mask
@@ -115,10 +115,10 @@ class AudioEncoderLayer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """The streaming encoder; `remask=False` is the official behaviour in a padded batch.
+    """The streaming encoder; `remask=False` is the official behavior in a padded batch.
 
     The official code zeroes positions beyond a clip's end before each layer's norm; the norm turns
-    these zeroes into its bias, and the convolution hears that where a clip alone has the
+    these zeroes into its bias, and the convolution gets that where a clip alone has the
     convolution's own zeroes. So the last num_right_layers * right_order positions of a clip depend
     on whether a longer clip is beside it. By default they are zeroed after the norm instead: a clip
     then has the same result in every batch, the official one of the clip alone.
@@ -145,18 +145,18 @@ class AudioEncoder(nn.Module):
         self.output = nn.Linear(config.output_size, config.vocab_size)
 
     def train(self, mode: bool = True) -> AudioEncoder:
-        """A frozen encoder stays in evaluation mode: no dropout, whatever calls train()."""
+        """Keep a frozen encoder in evaluation mode: no dropout, whatever calls train()."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(
         self, features: Tensor, lengths: Tensor, *, num_tokens: int | None = None
     ) -> Tensor:
-        """(N, H): the positions that are sound, clip after clip.
+        """Return (N, H): the positions that are sound, clip after clip.
 
         Args:
             features: (B, T, input_size), any finite values beyond a clip's end.
             lengths: (B,) int64 on the same device, each at most T.
-            num_tokens: N, the sum of `lengths`. Without it the host waits for the device to tell.
+            num_tokens: N, the sum of `lengths`. Without it the host waits for the device.
 
         Raises ValueError for features of another width.
         """
@@ -178,11 +178,11 @@ class AudioEncoder(nn.Module):
         return self._keep_head(self.dnn(x))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, H) of `forward` -> (N, vocab_size) of the head that a CTC loss once trained."""
+        """Map (N, H) of `forward` to (N, vocab_size) by the head that a CTC loss once trained."""
         return self.output(x)
 
     def _keep_head(self, x: Tensor) -> Tensor:
-        """Adds zero times the head, so that a trainable head has gradients, which are zero.
+        """Add zero times the head, so that a trainable head has gradients, which are zero.
 
         Data-parallel training waits for those of every trainable parameter. The official code
         always adds it and over all positions; one is enough, and a frozen head needs none.
@@ -193,7 +193,7 @@ class AudioEncoder(nn.Module):
 
 
 class AudioProjector(nn.Sequential):
-    """(N, output_size) of the encoder -> (N, hidden size of the language model)."""
+    """Maps (N, output_size) of the encoder to (N, hidden size of the language model)."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(
@@ -206,8 +206,8 @@ def build_activation(config: AudioEncoderConfig) -> nn.Module:
 
 
 def valid_index(lengths: Tensor, num_tokens: int, *, max_length: int) -> Tensor:
-    """(num_tokens,) places of the positions that are sound in the flattened (B, max_length)."""
-    rows = torch.repeat_interleave(lengths, output_size=num_tokens)  # the clip of each token
+    """Return (num_tokens,) places of the sounding positions in the flattened (B, max_length)."""
+    clips = torch.repeat_interleave(lengths, output_size=num_tokens)  # of each token
     starts = lengths.cumsum(0) - lengths
     order = torch.arange(num_tokens, device=lengths.device)
-    return rows * max_length + order - starts[rows]
+    return clips * max_length + order - starts[clips]

@@ -1,6 +1,6 @@
-"""The model of a run, from its options: built, under ZeRO-3 or not, filled, and made trainable.
+"""Builds the model of a run from its options, under ZeRO-3 or not, and makes it trainable.
 
-Called by train_ds.py once the data is prepared; training/trainer.py trains what comes out.
+train_ds.py calls it once the data is prepared; training/trainer.py trains what comes out.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def build_model(
     training: OmniTrainingArguments,
     config: LongcatOmniConfig,
     tokens: SpecialTokens,
-    fill: Callable[[nn.Module], None],
+    load: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """The model that `fill` gives its weights, and what is to be trained.
+    """Return the model, with the weights that `load` puts in, and what is to be trained.
 
     `training` exists before it: under ZeRO-3 every layer is divided as soon as it is made.
     Without DeepSpeed, which keeps float32 copies of what it trains, weights stay float32 and
@@ -50,7 +50,7 @@ def build_model(
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
     with context, default_dtype(dtype):
         model = LongcatOmniForCausalLM(config, run.loss_weights, tokens).to(dtype)
-    fill(model)
+    load(model)
     if run.tuning == "lora":
         model = add_lora(
             model,
@@ -66,8 +66,8 @@ def build_model(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Of what is made meanwhile. ZeRO-3 rounds a tensor only when it is whole: a layer's experts
-    would take 77 GB of a GPU for a moment, not 26."""
+    """Make tensors in this dtype meanwhile. ZeRO-3 rounds a tensor only when it is whole: a layer's
+    experts would take 77 GB of a GPU at the peak, not 26."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -77,7 +77,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def train_more(model: nn.Module, run: RunArguments) -> None:
-    """What is trained beside the adapters."""
+    """Make trainable what is trained beside the adapters."""
     chosen = ("vision_projector.", "audio_projector.") if run.train_projectors else ()
     if run.train_audio_heads:
         chosen += ("audio_embedding.", "speech_heads.")

@@ -1,4 +1,4 @@
-"""Sizes of the whole model: LongCat-Flash's own keys, the audio tables and the two encoders.
+"""Holds the sizes of the whole model: LongCat-Flash's keys, the audio tables, the two encoders.
 
 The released folder keeps them in three files (config.json, vision/config.json, audio/config.json);
 `loading.py` reads these into one `LongcatOmniConfig`.
@@ -12,7 +12,7 @@ from transformers import AutoConfig, LongcatFlashConfig
 
 
 class LongcatOmniConfig(LongcatFlashConfig):
-    """LongcatFlashConfig's keys and defaults (the released 560B), and these.
+    """Has LongcatFlashConfig's keys and defaults (the released 560B), and these.
 
     `model_type` is one of its own: for "longcat_flash" peft rewrites gate_proj, up_proj and
     down_proj into the experts' fused tensors (peft 0.21.2, `_convert_peft_config_moe`), so that the
@@ -22,7 +22,7 @@ class LongcatOmniConfig(LongcatFlashConfig):
         audio_vocab_size: rows of each audio table; 32 reserved ids, then 8,192 codes.
         audio_head_num: streams of codes in parallel with the text: one semantic, three acoustic.
         vision_config, audio_config: keys of `VisionConfig` and `AudioEncoderConfig`; None: the
-            model has no eyes, or no ears.
+            model has no vision encoder, or no audio encoder.
     """
 
     model_type = "longcat_flash_omni"

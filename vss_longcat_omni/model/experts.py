@@ -1,6 +1,6 @@
-"""The mixture of experts: a router, 512 gated MLPs, and 256 experts that return their input.
+"""Computes the mixture of experts: a router, 512 gated MLPs, 256 experts that return their input.
 
-Rows are sorted by expert and multiplied in one grouped product; the identity experts come last and
+Rows are sorted by expert and multiplied in one grouped matmul; the identity experts come last and
 are not computed. Nothing waits for the GPU: the number of rows is that of all picks, and those of
 the identity experts hold rubbish that is never added.
 
@@ -31,12 +31,12 @@ class LongcatFlashMoE(nn.Module):
         self.experts = LongcatFlashExperts(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H)"""
+        """Mix experts: (T, H) -> (T, H)."""
         return self.experts(x, *self.router(x))
 
 
 class Float32Linear(nn.Linear):
-    """A product in float32, whatever the weight is stored in."""
+    """Multiplies in float32, whatever the weight is stored in."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.float(), self.weight.float())
@@ -55,7 +55,7 @@ class LongcatFlashRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(num_choices))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves, but does not round the correction: DeepSpeed casts buffers to bfloat16 too."""
+        """Move, but do not round the correction: DeepSpeed casts buffers to bfloat16 too."""
         exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
@@ -64,14 +64,14 @@ class LongcatFlashRouter(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, H) -> chosen experts (T, K), their weights (T, K) float32, not renormalised."""
+        """Choose for (T, H) experts (T, K), and weights (T, K) float32, not renormalized."""
         scores = self.classifier(x).softmax(dim=-1)
         chosen = (scores + self.e_score_correction_bias).topk(self.top_k, sorted=False).indices
         return chosen, scores.gather(1, chosen) * self.scale
 
 
 class LongcatFlashExperts(nn.Module):
-    """`gate_up_proj` has a row for each expert with weights, not for the identity experts too."""
+    """Has in `gate_up_proj` an entry for each expert with weights, not for identity experts."""
 
     def __init__(self, config: LongcatOmniConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class LongcatFlashExperts(nn.Module):
             nn.init.normal_(weight, std=config.initializer_range)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """(T, H), (T, K), (T, K) -> (T, H)"""
+        """Compute the chosen experts: (T, H), (T, K), (T, K) -> (T, H)."""
         top_k = chosen.shape[1]
         sorted_experts, order = chosen.flatten().sort(stable=True)  # (P,)
         expert_ids = torch.arange(self.num_experts, device=x.device)
@@ -96,7 +96,7 @@ class LongcatFlashExperts(nn.Module):
         row_weights = weights.flatten()[order].where(sorted_experts < self.num_experts, 0)
         rows = _Spread.apply(x, order // top_k, slots, has_weights)  # (P, H)
         rows = grouped_linear(rows, self.gate_up_proj, ends)  # (P, 2 I)
-        # The weight may come before the second product, which is linear: I numbers, not H.
+        # The weight may come before the second matmul, which is linear: I numbers, not H.
         rows = grouped_linear(gate(rows, row_weights), self.down_proj, ends)  # (P, H)
         from_identity = weights.masked_fill(has_weights, 0).sum(dim=1, keepdim=True)
         return _Sum.apply(rows, order // top_k, slots, has_weights) + x * from_identity.to(x.dtype)
@@ -104,28 +104,28 @@ class LongcatFlashExperts(nn.Module):
 
 @fused
 def gate(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """SiLU(gate) * up * weight: (P, 2 I), (P,) -> (P, I)"""
+    """Compute SiLU(gate) * up * weight: (P, 2 I), (P,) -> (P, I)."""
     gates, ups = gate_up.chunk(2, dim=-1)
     return F.silu(gates) * ups * weights[:, None].to(gate_up.dtype)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of (P, in) times weight[e] (E, out, in); rows after are undefined.
+    """Multiply rows [ends[e-1], ends[e]) of (P, in) by weight[e] (E, out, in); others: undefined.
 
     The backward is written out because autograd would keep a transposed view of the weight: under
     ZeRO-3 its 25.8 GB would then stay when the layer's weights are released.
     """
-    if torch.is_autocast_enabled(rows.device.type):  # it knows nothing of functions of our own
+    if torch.is_autocast_enabled(rows.device.type):  # it does not cast for functions of our own
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)
     return _GroupedLinear.apply(rows, weight, ends)
 
 
-def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of (P, in) times matrices[e] (E, in, out); rows after: undefined.
+def grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Multiply rows [ends[e-1], ends[e]) of (P, in) by matrices[e] (E, in, out); others: undefined.
 
-    In one kernel where there is one: bfloat16 from Hopper on, all types on the CPU. Else a product
-    an expert, which waits for the GPU to know the rows of each.
+    One kernel does it where there is one: bfloat16 from Hopper on, all types on the CPU. Else a
+    matmul an expert, which waits for the GPU to know the rows of each.
     """
     if has_kernel(rows):
         return F.grouped_mm(rows, matrices, offs=ends)
@@ -135,7 +135,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """left[rows of e]^T right[rows of e] of (P, out), (P, in) -> (E, out, in)."""
+    """Compute left[rows of e]^T right[rows of e]: (P, out), (P, in) -> (E, out, in)."""
     if has_kernel(left):
         return F.grouped_mm(left.t(), right, offs=ends)
     return torch.stack([left[start:stop].t() @ right[start:stop] for _, start, stop in spans(ends)])
@@ -148,14 +148,14 @@ def has_kernel(rows: Tensor) -> bool:
 
 
 def spans(ends: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, row after its last)"""
+    """List (expert, first row, row after its last)."""
     stops = ends.tolist()
     return list(zip(range(len(stops)), [0, *stops[:-1]], stops, strict=True))
 
 
 @fused
 def sum_rows(rows: Tensor, slots: Tensor, has_weights: Tensor) -> Tensor:
-    """Each token's rows added up: (P, H) by (T, K) -> (T, H), in a fixed order, no atomics."""
+    """Add up each token's rows: (P, H) by (T, K) -> (T, H), in a fixed order, no atomics."""
     picks = zip(slots.unbind(1), has_weights.unbind(1), strict=True)
     # One by one: compiled, it is then no reduction, and six times as fast.
     return sum(rows[slot].where(is_there[:, None], 0) for slot, is_there in picks)  # pyright: ignore
@@ -165,20 +165,20 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(rows if weight.requires_grad else None, weight, ends)
-        return grouped_product(rows, weight.transpose(1, 2), ends)
+        return grouped_matmul(rows, weight.transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
         needs_rows, needs_weight, _ = ctx.needs_input_grad
-        grad_rows = grouped_product(grad, weight, ends) if needs_rows else None
+        grad_rows = grouped_matmul(grad, weight, ends) if needs_rows else None
         grad_weight = grouped_outer(grad, rows, ends) if needs_weight else None
         return grad_rows, grad_weight, None
 
 
 class _Spread(torch.autograd.Function):
-    """A row for every pick: (T, H) -> (P, H). Its adjoint is `_Sum`, which needs no atomics."""
+    """Copies a row for every pick: (T, H) -> (P, H). Its adjoint `_Sum` needs no atomics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor, has_weights: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """`sum_rows`; its adjoint is `_Spread`."""
+    """Applies `sum_rows`; its adjoint is `_Spread`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Chains of small operations as one kernel forward and one backward, where there is a GPU.
+"""Fuses chains of small operations to one kernel forward and one backward, on a GPU.
 
 Only plain tensors go in, never a module or its weights: so it composes with ZeRO-3, whose weights
 are empty outside the layer's call, and with gradient checkpointing.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled on a GPU, for any number of tokens; as it is written on a CPU.
+    """Compile `function` on a GPU, for any number of tokens; on a CPU it runs as written.
 
     Its first argument is a tensor. TORCH_COMPILE_DISABLE=1 turns all of it off.
     """

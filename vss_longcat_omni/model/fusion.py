@@ -1,4 +1,4 @@
-"""One embedding a position from the text stream, the audio streams and the two encoders.
+"""Merges the text stream, the audio streams and the two encoders to one embedding a position.
 
 Place in the data flow: between the encoders and the language model. Rules of longcat_omni_demo.py
 (`_get_input_embedding`) and encoders/embedding.py (meituan-longcat/LongCat-Flash-Omni).
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AudioEmbeddings(nn.Module):
-    """A table for each audio stream; keys as in `audio/audio_embeddings.pt`."""
+    """Has a table for each audio stream; keys as in `audio/audio_embeddings.pt`."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, *, num_streams: int = 4, pad: int = 3
@@ -30,7 +30,7 @@ class AudioEmbeddings(nn.Module):
         )
 
     def forward(self, audio_ids: Tensor) -> Tensor:
-        """(B, T, S) ids -> (B, T, H), the sum over the streams; PAD adds nothing.
+        """Embed (B, T, S) ids to (B, T, H), the sum over the streams; PAD adds nothing.
 
         The released tables may hold anything in the PAD row, so its embedding is cleared here and
         not in the table.
@@ -54,7 +54,7 @@ def merge_embeddings(
     audio_features: Tensor | None = None,
     image_features: Tensor | None = None,
 ) -> Tensor:
-    """(B, T, H) input embeddings of the language model.
+    """Return (B, T, H) input embeddings of the language model.
 
     Text and audio embeddings are added. A text pad counts for nothing beside an audio code; where
     both streams are padding, the text pad's embedding stays. Features take the places of the audio
@@ -80,7 +80,7 @@ def merge_embeddings(
 
 
 def _place(merged: Tensor, is_pad: Tensor, features: Tensor, *, name: str) -> Tensor:
-    """`merged` with the n-th feature at the n-th position where `is_pad`, without a host sync.
+    """Put the n-th feature at the n-th position where `is_pad`, without a host sync.
 
     A boolean index would wait for the device to count the pads. Their number is known: it is that
     of the features.

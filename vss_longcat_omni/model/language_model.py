@@ -47,9 +47,9 @@ def silu_times(gates: Tensor, ups: Tensor) -> Tensor:
 
 
 class LongcatFlashDecoderLayer(nn.Module):
-    """The experts see what the first attention gives, and are added at the very end.
+    """Gives its experts what the first attention returns, and adds them at the very end.
 
-    This "shortcut" lets a cluster move tokens between GPUs while the dense half goes on.
+    This "shortcut" lets a cluster move tokens between GPUs while the dense half continues.
     """
 
     def __init__(self, config: LongcatOmniConfig) -> None:
@@ -68,7 +68,7 @@ class LongcatFlashDecoderLayer(nn.Module):
         lengths: Sequence[int],
         caches: Sequence[LatentCache | None] = (None, None),
     ) -> Tensor:
-        """(T, H) -> (T, H)"""
+        """Compute the layer: (T, H) -> (T, H)."""
         x = x + self.self_attn[0](self.input_layernorm[0](x), rotation, lengths, caches[0])
         normed = self.post_attention_layernorm[0](x)
         shortcut = self.mlp(normed)
@@ -95,7 +95,7 @@ class LongcatFlashModel(nn.Module):
         lengths: Sequence[int],
         caches: Sequence[LatentCache] | None = None,
     ) -> Tensor:
-        """Hidden states (T, H) after the last norm.
+        """Return hidden states (T, H) after the last norm.
 
         Args:
             embeds: (T, H), sequences one after the other.

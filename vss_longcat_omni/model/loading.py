@@ -1,17 +1,17 @@
-"""Weights in: the released folder's shards and part files into (divided) parameters.
+"""Loads weights: the released folder's shards and part files into (divided) parameters.
 
-A parameter is, in memory, a row of stored tensors one after the other: one tensor for most, 1,024
+A parameter is, in memory, a sequence of stored tensors: one tensor for most, 1,024
 for the gate and up weights of a layer's 512 experts. So each process of a ZeRO-3 run reads the
 stretch that it keeps and nothing else; no rank reads 1.1 TB for the others.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from vss_longcat_omni.model.config import LongcatOmniConfig
 from vss_longcat_omni.model.experts import LongcatFlashRouter
+from vss_longcat_omni.options.run_arguments import RunArguments, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ PART_FILES = {
     "audio/audio_embeddings.pt": "audio_embedding.",
     "audio/audio_output_layers.pt": "speech_heads.",
 }
+RELEASED = RunArguments.model_name_or_path
 FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 MAX_NUMBERS = 2**26  # read at a time
 UNUSED_KEYS = re.compile(r"model\.mtp\.")  # heads that predict two tokens ahead, for serving
@@ -50,7 +51,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Numbers [start, stop) of the flattened tensor, read by whole rows."""
+        """Read numbers [start, stop) of the flattened tensor, by whole rows."""
         if not self.shape:
             return self.source[...].flatten()
         row = math.prod(self.shape[1:])
@@ -59,7 +60,7 @@ class Piece(NamedTuple):
 
 
 class CheckpointReader:
-    """The stored tensors of a released folder, by the model's names.
+    """Finds the stored tensors of a released folder by the model's names.
 
     Raises:
         ValueError: the folder holds no *.safetensors file, or a part file is no plain state dict.
@@ -101,7 +102,7 @@ class CheckpointReader:
             self.pieces.setdefault(name, Piece(value, tuple(value.shape)))
 
     def find(self, name: str, shape: tuple[int, ...]) -> list[Piece] | None:
-        """The pieces that make up a parameter, in their order; None where they are not there."""
+        """Return the pieces that make up a parameter, in order; None where they are not there."""
         if name in self.pieces:
             return [self.pieces[name]]
         fused = FUSED_EXPERTS.fullmatch(name)
@@ -114,34 +115,34 @@ class CheckpointReader:
 
 
 def load_config(folder: Path) -> LongcatOmniConfig:
-    """config.json, vision/config.json and audio/config.json of a released folder, as one.
+    """Read config.json, vision/config.json and audio/config.json of a released folder as one.
 
     Raises:
         ValueError: there is no config.json, or one of them is not JSON.
     """
-    values = _read_json(folder / "config.json")
-    if values is None:
+    path = folder / "config.json"
+    if not path.is_file():
         raise ValueError(f"{folder}: no config.json: not a LongCat-Flash-Omni folder.")
+    values = read_json(path, name=str(path))
     values.pop("model_type", None)
     for part in ("vision", "audio"):
-        found = _read_json(folder / part / "config.json")
-        if found is not None:
-            values[f"{part}_config"] = found
+        path = folder / part / "config.json"
+        if path.is_file():
+            values[f"{part}_config"] = read_json(path, name=str(path))
     return LongcatOmniConfig(**values)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+def find_config(name: str) -> LongcatOmniConfig | None:
+    """Return the config of a folder or of RELEASED, without the hub; None for another hub id."""
+    if Path(name).expanduser().is_dir():
+        return load_config(Path(name).expanduser())
+    is_released = name.partition("@")[0] == RELEASED  # which has the defaults of the classes
+    return LongcatOmniConfig(vision_config={}, audio_config={}) if is_released else None
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, reader: CheckpointReader, *, show_progress: bool) -> None:
-    """Fills every parameter and stored buffer, or this process's part of it; adapters are left.
+    """Load every parameter and stored buffer, or this process's part of it, but no adapter.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or holds NaN or infinity.
@@ -163,13 +164,13 @@ def load_weights(model: nn.Module, reader: CheckpointReader, *, show_progress: b
         _check_shape(reader.folder, name, shape, pieces)
         try:
             with _kept_part(tensor) as (start, kept):
-                _fill(kept, pieces, start, math.prod(shape))
+                _copy_pieces(kept, pieces, start, math.prod(shape))
         except FloatingPointError as error:
             raise ValueError(f"{reader.folder}: {name} holds NaN or infinite values.") from error
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """(name in the checkpoint, whole shape, tensor) of all but adapters."""
+    """Yield (name in the checkpoint, whole shape, tensor) of all but adapters."""
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
         if ".lora_" not in name:
@@ -191,7 +192,7 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], pieces: list[P
 
 @contextmanager
 def _kept_part(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Where this process's part begins in the flattened tensor, and the part's memory, flat."""
+    """Give where this process's part begins in the flattened tensor, and its flat memory."""
     part = getattr(tensor, "ds_tensor", None)
     if part is None or tensor.ds_status.name == "AVAILABLE":  # pyright: ignore
         yield 0, tensor.data.view(-1)
@@ -201,7 +202,7 @@ def _kept_part(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     if part.final_location is None:
         yield start, part.data.view(-1)
         return
-    # On NVMe: read into a buffer, filled, written back, and read once more to see that it is there.
+    # On NVMe: read into a buffer, loaded, written back, and read once more to check that it is.
     swapper: Any = tensor.nvme_swapper  # pyright: ignore[reportAttributeAccessIssue]
     swapper.swap_in([tensor], async_op=False)
     yield start, part.data.view(-1)[: part.ds_numel]
@@ -214,8 +215,8 @@ def _kept_part(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         raise RuntimeError("a weight written to NVMe is not what is read from there: file a bug")
 
 
-def _fill(kept: Tensor, pieces: list[Piece], start: int, num_all: int) -> None:
-    """Numbers [start, start + len(kept)) of the pieces in a row; ZeRO's padding at the end is 0.
+def _copy_pieces(kept: Tensor, pieces: list[Piece], start: int, num_all: int) -> None:
+    """Copy numbers [start, start + len(kept)) of the joined pieces; ZeRO's padding becomes 0.
 
     Raises FloatingPointError for NaN or infinity.
     """

@@ -1,6 +1,6 @@
-"""LoRA on the language model: the five MLA projections and the dense MLPs, by PEFT.
+"""Adds LoRA to the language model by PEFT: the five MLA projections and the dense MLPs.
 
-At r = 32 on the released model this trains 205.6 million parameters. The experts keep none: an
+At r = 32 on the released model this trains 205.6 million parameters. The experts get none: an
 adapter on each would be 13 billion parameters and more (research: r = 8 on all, 2.8 billion).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_lora(
     model: nn.Module, *, r: int, alpha: int, dropout: float, targets: Sequence[str]
 ) -> PeftModel:
-    """The model with adapters, which alone are trainable from here on.
+    """Return the model with adapters, which alone are trainable from here on.
 
     No task_type: the adapter is for inputs in four streams, and PEFT's causal wrapper passes none
     but its own arguments on. A plain PeftModel hands over all, `generate` too.
@@ -42,7 +42,7 @@ def add_lora(
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Numbers that are trained, also where DeepSpeed has split them over the processes."""
+    """Count what is trained, also where DeepSpeed has split it over the processes."""
     return sum(
         getattr(param, "ds_numel", param.numel())
         for param in model.parameters()

@@ -1,4 +1,4 @@
-"""The training loss: text and four streams of codes, each term over its own count of targets.
+"""Computes the loss: text and four streams of codes, each term over its own count of targets.
 
 A term's sum is divided by the number of its targets in the whole step: all micro-batches, all
 processes. So a step does not depend on how its samples were divided.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LossSums:
-    """Over one micro-batch; the order is text, audio, semantic."""
+    """Holds sums over one micro-batch; the order is text, audio, semantic."""
 
     losses: Tensor  # (3,) nats, differentiable
     counts: Tensor  # (3,) targets
@@ -35,7 +35,7 @@ class LossSums:
 def compute_loss_sums(
     text_logits: Tensor, text_targets: Tensor, audio_logits: Sequence[Tensor], audio_targets: Tensor
 ) -> LossSums:
-    """Sums of cross-entropies in float32.
+    """Sum cross-entropies in float32.
 
     Args:
         text_logits, text_targets: (N, V), (N,); IGNORE_INDEX counts as nothing.
@@ -50,8 +50,9 @@ def compute_loss_sums(
 
 
 def combine(sums: LossSums, counts: Tensor, weights: LossWeights) -> Tensor:
-    """The weighted loss (), given the (3,) counts of the whole step; a term without any is 0."""
-    return (_as_tensor(weights, counts.device) * sums.losses / counts.clamp(min=1)).sum()
+    """Return the weighted loss (), each term divided by its count of (3,); 0 for a term of none."""
+    divisors = counts.where(counts > 0, 1)
+    return (_as_tensor(weights, counts.device) * sums.losses / divisors).sum()
 
 
 def _as_tensor(weights: LossWeights, device: torch.device) -> Tensor:
@@ -59,7 +60,7 @@ def _as_tensor(weights: LossWeights, device: torch.device) -> Tensor:
 
 
 def _sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """(3,): the loss, the number of targets, and how many of them were right."""
+    """Return (3,): the loss, the number of targets, and how many of them were right."""
     logits = logits.float()
     loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
     is_target = targets != IGNORE_INDEX

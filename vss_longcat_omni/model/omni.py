@@ -1,4 +1,4 @@
-"""The whole model: eyes and ears -> one stream of embeddings -> language model -> text and codes.
+"""The whole model: two encoders -> one stream of embeddings -> language model -> text and codes.
 
 Samples lie one after the other (T positions in all), each seeing itself alone. The attributes stand
 where the language model of transformers has them, so that adapters fit both.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Pictures(TypedDict):
-    """The units (pairs of frames) of all samples."""
+    """Holds the units (pairs of frames) of all samples."""
 
     pixel_values: Tensor  # (P, patch size)
     grids: Sequence[tuple[int, int, int]]
@@ -52,7 +52,7 @@ class Sound(TypedDict):
 
 @dataclass
 class OmniOutput(ModelOutput):
-    """Of a training step `loss` and (3,) sums of text, audio, semantic; else `logits`."""
+    """Holds a training step's `loss` and (3,) sums of text, audio, semantic; else `logits`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None  # (T, vocab_size), or (rows, columns, vocab_size)
@@ -62,7 +62,7 @@ class OmniOutput(ModelOutput):
 
 
 class LongcatOmniForCausalLM(nn.Module):
-    """Without `vision_config` or `audio_config` it has no eyes, or no ears."""
+    """Has no vision encoder without `vision_config`, no audio encoder without `audio_config`."""
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class LongcatOmniForCausalLM(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Keeps the inputs of every n-th layer in place of what is in it; what Trainer calls.
+        """Keep the inputs of every n-th layer in place of what is in it; Trainer calls it.
 
         Raises:
-            ValueError: an argument that is not honoured. Checkpoints are non-reentrant: reentrant
+            ValueError: an argument that is not honored. Checkpoints are non-reentrant: reentrant
                 ones need an input with a gradient, which a frozen embedding does not give.
         """
         if offload or (activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -120,11 +120,11 @@ class LongcatOmniForCausalLM(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """The name before transformers 5.23."""
+        """Do so under the name before transformers 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def encode_pictures(self, pictures: Pictures) -> Tensor:
-        """(image pads, H); a frozen encoder keeps nothing for the backward."""
+        """Return (image pads, H); a frozen encoder keeps nothing for the backward."""
         grids, pixel_values = pictures["grids"], pictures["pixel_values"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.vision_encoder)):
             features = self.vision_encoder(pixel_values.to(self.dtype), grids)
@@ -133,7 +133,7 @@ class LongcatOmniForCausalLM(nn.Module):
         )
 
     def encode_sound(self, sound: Sound) -> Tensor:
-        """(audio pads, H), clip after clip."""
+        """Return (audio pads, H), clip after clip."""
         features, lengths = sound["features"].to(self.dtype), sound["lengths"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_encoder)):
             states = self.audio_encoder(features, lengths, num_tokens=sound["num_tokens"])
@@ -146,7 +146,7 @@ class LongcatOmniForCausalLM(nn.Module):
         pictures: Pictures | None = None,
         sound: Sound | None = None,
     ) -> Tensor:
-        """(T,), (T, S) and the media -> (T, H).
+        """Embed (T,), (T, S) and the media to (T, H).
 
         Both encoders run in every process, on next to nothing where its samples show or sound
         nothing, and count zero times in the result: under ZeRO-3 all processes gather a module's
@@ -171,13 +171,13 @@ class LongcatOmniForCausalLM(nn.Module):
         return merged + sum(0.0 * features.sum() for features in unused)
 
     def _no_pictures(self, device: torch.device) -> Pictures:
-        """One token's worth of black."""
+        """Return one token's worth of black."""
         size = self.vision_encoder.config.patch_dim
         pixel_values = torch.zeros(2, size, device=device)
         return {"pixel_values": pixel_values, "grids": [(1, 1, 2)], "pooled_grids": [(1, 2)]}
 
     def _no_sound(self, device: torch.device) -> Sound:
-        """One token's worth of silence."""
+        """Return one token's worth of silence."""
         features = torch.zeros(1, 1, self.audio_encoder.config.input_size, device=device)
         lengths = torch.ones(1, dtype=torch.long, device=device)
         return {"features": features, "lengths": lengths, "num_tokens": 1}
@@ -196,7 +196,7 @@ class LongcatOmniForCausalLM(nn.Module):
         pictures: Pictures | None = None,
         sound: Sound | None = None,
     ) -> OmniOutput:
-        """The loss of packed samples; without targets the text logits.
+        """Return the loss of packed samples; without targets the text logits.
 
         Args:
             input_ids: (T,), or rows of text (rows, columns), each a sequence.
@@ -204,7 +204,7 @@ class LongcatOmniForCausalLM(nn.Module):
             lengths: of the samples that lie one after the other.
             text_positions, text_targets: (N,) what the position is to predict.
             audio_positions, audio_targets: (M,), (M, S); IGNORE_INDEX where there is no target.
-            num_targets: (3,) of the whole step, to divide by; without it of this call.
+            num_targets: (3,) that the sums are divided by; without it those of this call.
             pictures, sound: what takes the places of image and audio pads.
         """
         shape = input_ids.shape
@@ -221,9 +221,9 @@ class LongcatOmniForCausalLM(nn.Module):
         )
         if text_targets is None or audio_targets is None:
             return OmniOutput(logits=self.lm_head(hidden).view(*shape, -1))
-        # Teacher forcing: where a stream has no target, its PAD is what the next head is told.
-        told = audio_targets.where(audio_targets != IGNORE_INDEX, self.tokens.codec.pad)
-        audio_logits = self.speech_heads(hidden[audio_positions], told)
+        # Teacher forcing: where a stream has no target, the next head gets its PAD.
+        forced = audio_targets.where(audio_targets != IGNORE_INDEX, self.tokens.codec.pad)
+        audio_logits = self.speech_heads(hidden[audio_positions], forced)
         text_logits = self.lm_head(hidden[text_positions])
         sums = compute_loss_sums(text_logits, text_targets, audio_logits, audio_targets)
         loss = combine(sums, sums.counts if num_targets is None else num_targets, self.loss_weights)

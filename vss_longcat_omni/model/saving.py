@@ -1,7 +1,9 @@
-"""Weights out, in the released layout: LLM shards with an index, part files for eyes, ears, voice.
+"""Saves weights in the released layout: LLM shards with an index, part files for all else.
 
-Part files are safetensors here, where the released ones are pickles of the same keys; loading.py
-reads both.
+The part files are the encoders', the projectors', the audio tables' and the speech heads'.
+
+They are safetensors here, where the released ones are pickles of the same keys; loading.py reads
+both.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ ENCODER_KEYS = ("vision_config", "audio_config")
 
 
 def save_config(config: LongcatOmniConfig, folder: Path) -> None:
-    """config.json, vision/config.json and audio/config.json."""
+    """Write config.json, vision/config.json and audio/config.json."""
     values = config.to_dict()
     for key in ENCODER_KEYS:
         part = values.pop(key)
@@ -40,15 +42,12 @@ def save_config(config: LongcatOmniConfig, folder: Path) -> None:
 
 
 def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
-    """A whole model's state dict: shards of at most 5 GB, and the part files."""
+    """Write a whole model's state dict: shards of at most 5 GB, and the part files."""
     parts: dict[str, dict[str, Tensor]] = {}
     shards: list[dict[str, Tensor]] = [{}]
     num_bytes = 0
     for name, tensor in split_experts(state):
-        part = next(
-            (p for p, prefix in PART_FILES.items() if prefix and name.startswith(prefix)), ""
-        )
-        if part:
+        if part := find_part(name):
             parts.setdefault(part, {})[name.removeprefix(PART_FILES[part])] = tensor
             continue
         if num_bytes + tensor.nbytes > MAX_SHARD_BYTES and shards[-1]:
@@ -71,13 +70,13 @@ def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def find_part(name: str) -> str | None:
-    """The part file that a tensor belongs to; None: the language model's shards."""
+    """Return the part file that a tensor belongs to; None: the language model's shards."""
     found = (part for part, prefix in PART_FILES.items() if prefix and name.startswith(prefix))
     return next(found, None)
 
 
 def split_experts(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as released: one tensor for each projection of each expert."""
+    """Yield names and tensors as released: one tensor for each projection of each expert."""
     for name, tensor in state.items():
         fused = FUSED_EXPERTS.fullmatch(name)
         if fused is None:
@@ -94,7 +93,7 @@ def split_experts(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     temporary = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Four heads that predict one frame's codes: the semantic one, then three acoustic ones.
+"""Has four heads that predict one frame's codes: the semantic one, then three acoustic ones.
 
 They form a cascade (report 3.2.2; the structure is in the serving port, see the README): each head
 sees the hidden state plus embeddings of the codes before it in the same frame.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AudioOutputLayers(nn.Module):
-    """Keys as in `audio/audio_output_layers.pt`."""
+    """Has the keys of `audio/audio_output_layers.pt`."""
 
     def __init__(self, config: LongcatOmniConfig) -> None:
         super().__init__()
@@ -30,10 +30,8 @@ class AudioOutputLayers(nn.Module):
         self.embedding = nn.ModuleList([nn.Embedding(vocab, size) for _ in range(num_heads - 1)])
 
     def forward(self, hidden: Tensor, targets: Tensor) -> list[Tensor]:
-        """Logits (N, V) of each head after (N, H); the codes before it are those of `targets`.
-
-        (N, heads): the true ids of the frame that each position predicts.
-        """
+        """Return logits (N, V) of each head after (N, H); the codes before it are `targets`, (N,
+        heads): the true ids of the frame that each position predicts."""
         logits = []
         for head, layer in enumerate(self.audio_output_layers):
             logits.append(layer(hidden))
@@ -42,7 +40,7 @@ class AudioOutputLayers(nn.Module):
         return logits
 
     def choose(self, hidden: Tensor, pick: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """One frame's ids (N,) a head, each by `pick(head, logits)` before the next head runs."""
+        """Choose a frame's ids (N,) a head, each by `pick(head, logits)` before the next head."""
         ids = []
         for head, layer in enumerate(self.audio_output_layers):
             ids.append(pick(head, layer(hidden)))

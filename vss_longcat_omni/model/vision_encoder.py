@@ -1,12 +1,12 @@
-"""LongCat-ViT, its projector and the pooling behind it: patches -> inputs of the language model.
+"""Encodes patches by LongCat-ViT, projects and pools them to inputs of the language model.
 
 Takes what `pixels.to_patches` makes; `model/omni.py` puts the result in place of the image pads.
 Names and order of operations follow encoders/vision_adaptor.py and encoders/utils.py of
 meituan-longcat/LongCat-Flash-Omni: the released vision/vision_model.pt and vision_projector.pt are
 the state dicts of `VisionEncoder` and `VisionProjector`. Tests hold both against the official code.
 
-All items (pictures, frame pairs) lie one after the other in one row of N patches; each attends to
-itself alone. Grids are lists on the host, so that no value is read back from the device.
+All items (pictures, frame pairs) lie one after the other in one sequence of N patches; each attends
+to itself alone. Grids are lists on the host, so that no value is read back from the device.
 
 N patches of all items, B items of one length S in a run, C width, H heads, D = C/H.
 A grid is (t, h, w) in patches; a pooled grid (h, w), its width not yet halved.
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from vss_longcat_omni.media.pixels import Grid, PooledGrid
 
 Run = tuple[int, int]  # (B, S): so many items of so many patches each, side by side
-# Kept by the official config for variants that its code refuses.
+# Kept by the official config for variants that its code does not support.
 FIXED_SETTINGS = {"hidden_act": "SwiGLU", "pe_type": "rope2d"}
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Official names and released values (technical report, Table 1; the rest: the code's own).
+    """Has official names and released values (technical report, Table 1; the rest: the code's own).
 
     `adaptor_dim` is the official default, since the released vision/config.json is not public.
     `proj_output_dim`, the width of the language model, is not in that file.
@@ -73,9 +73,9 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> VisionConfig:
-        """From the keys of the official vision/config.json; those of other modules are left aside.
+        """Read the keys of the official vision/config.json; those of other modules are left aside.
 
-        Raises ValueError, with `source`, for a variant that is not written here.
+        Raises ValueError, with `source`, for a variant that is unsupported.
         """
         for name, only in FIXED_SETTINGS.items():
             if values.get(name, only) != only:
@@ -92,12 +92,12 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of a row of `pixel_values`: (channel, frame in the pair, row, column)."""
+        """Return the size of a row of `pixel_values`: (channel, frame in the pair, row, column)."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in float32; scaled in the input's dtype."""
+    """Normalizes the last dimension in float32; scales in the input's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -111,11 +111,11 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbedding(nn.Conv3d):
-    """As a product of patches, the convolution being slow; in the module that owns the weight,
+    """Embeds patches by a matmul, the convolution being slow; in the module that owns the weight,
     where ZeRO-3 gathers it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, patch_dim) -> (N, C), in the weight's dtype."""
+        """Embed (N, patch_dim) to (N, C), in the weight's dtype."""
         return F.linear(input.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
@@ -143,7 +143,7 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(dim, config.layer_norm_eps) if normed else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
-        """(N, C) -> (N, C); cos and sin (N, D/2) float32."""
+        """Attend, (N, C) to (N, C); cos and sin (N, D/2) float32."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (N, H, D) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.q_norm is not None and self.k_norm is not None:
@@ -200,7 +200,7 @@ class VisionLayers(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """LongCat-ViT; 637M parameters at the released config. Nothing normalises the last layer."""
+    """LongCat-ViT; 637M parameters at the released config. Nothing normalizes the last layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -209,11 +209,11 @@ class VisionEncoder(nn.Module):
         self.encoder = VisionLayers(config)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keeps the layers' inputs alone for the backward pass and computes the rest again."""
+        """Keep the layers' inputs alone for the backward pass and compute the rest again."""
         self.encoder.gradient_checkpointing = enabled
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N, patch_dim) -> (N, C). Raises ValueError where the grids do not fit the patches."""
+        """Encode (N, patch_dim) to (N, C). Raises ValueError where grids do not fit the patches."""
         config = self.config
         lengths = [t * h * w for t, h, w in grids]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != config.patch_dim:
@@ -231,7 +231,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionProjector(nn.Module):
-    """Joins two neighbours of a row and takes them to the width of the language model."""
+    """Joins two neighbors of a row and takes them to the width of the language model."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class VisionProjector(nn.Module):
         self.proj = nn.Linear(dim, config.proj_output_dim)
 
     def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N, C) -> (N/2, proj_output_dim).
+        """Project (N, C) to (N/2, proj_output_dim).
 
         Raises ValueError for a grid with t != 1 (each frame pair is an item of its own) or of odd
         width.
@@ -256,7 +256,7 @@ class VisionProjector(nn.Module):
 def pool_features(
     features: Tensor, grids: Sequence[Grid], pooled_grids: Sequence[PooledGrid]
 ) -> Tensor:
-    """Projected features (N/2, E) shrunk item by item, bilinearly; unchanged where grids agree.
+    """Pool projected features (N/2, E) item by item, bilinearly; unchanged where grids agree.
 
     Raises ValueError where the three do not belong together.
     """
@@ -283,7 +283,7 @@ def pool_features(
 
 
 def rotary_angles(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> Tensor:
-    """(N, D/2) float32: D/4 angles of the patch's row, D/4 of its column; the same for every t.
+    """Return (N, D/2) float32: D/4 angles of the patch's row, D/4 of its column, whatever t is.
 
     Float32 whatever the model's dtype is: the official demo casts its frequencies to bfloat16 with
     the weights, where rows above 256 collapse, though grids reach 728.
@@ -307,26 +307,26 @@ def rotary_angles(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
 
 
 def _in_blocks(x: Tensor, side: int) -> Tensor:
-    """(h, w, ...) -> (h*w, ...), block after block of side x side patches, as the rows come."""
+    """Reorder (h, w, ...) to (h*w, ...), block after block of side x side patches."""
     x = x.unflatten(1, (-1, side)).unflatten(0, (-1, side))  # (h/s, s, w/s, s, ...)
     return x.transpose(1, 2).flatten(0, 3)
 
 
 def equal_runs(lengths: Sequence[int]) -> list[Run]:
-    """Neighbours of one length together: the units of a video are one run."""
+    """Group neighbors of one length: the units of a video are one run."""
     return [(len(list(items)), length) for length, items in groupby(lengths)]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of `x` (N, H, D) by the angles (N, D/2); float32 inside."""
+    """Rotate the pairs (i, i + D/2) of `x` (N, H, D) by angles (N, D/2) (rotate-half); float32."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.type_as(x)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, runs: list[Run]) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of (N, H, D), each item by itself; one product for each run."""
+    """Compute softmax(q k^T / sqrt(D)) v of (N, H, D), each item by itself; one call a run."""
     counts = [count * length for count, length in runs]
     out = []
     for run, *qkv in zip(runs, *(x.split(counts) for x in (q, k, v)), strict=True):

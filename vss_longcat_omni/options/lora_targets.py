@@ -1,4 +1,4 @@
-"""Which linear layers of the language model get adapters, under LongCat-Flash's own names."""
+"""Chooses which linear layers of the language model get adapters, by LongCat-Flash's own names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRANSLATIONS = {
 
 
 def translate_targets(targets: Sequence[str]) -> tuple[str, ...]:
-    """The targets under LongCat-Flash's names, each once, in the order of `LORA_TARGETS`.
+    """Return the targets by LongCat-Flash's names, each once, in the order of `LORA_TARGETS`.
 
     Raises:
         ValueError: there is no such linear layer in the language model.

@@ -1,13 +1,14 @@
-"""What is trained, on what: our own options, and what can be said of them at once.
+"""Holds our own options, what is trained and on what, and checks them at once.
 
 training_arguments.py adds Hugging Face's. Torch and transformers, which take seconds to import, are
-not imported here: a mistake in these options is told in the first second.
+not imported here: a mistake in these options is reported in the first second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -24,7 +25,7 @@ TRANSCRIPTS = ("file", "none")
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Defaults: Meituan's first pre-training stage (report 3.2.2: c, b and d).
+    """Has the defaults of Meituan's first pre-training stage (report 3.2.2: c, b and d).
 
     Attributes:
         text: of the text tokens, whose answers come with speech.
@@ -39,7 +40,7 @@ class LossWeights:
 
 @dataclass(kw_only=True)
 class RunArguments:
-    """What is trained, on what.
+    """Says what is trained, on what.
 
     Attributes:
         model_name_or_path: a folder, or a hub id (1.1 TB are downloaded, once a node).
@@ -53,12 +54,12 @@ class RunArguments:
         tuning: "lora", or "full": everything, for small models.
         train_projectors, train_audio_heads: beside the adapters; trained_modules.safetensors
             holds them.
-        frame_sampling: which frames of a video are seen (media/frame_sampling.py).
-        use_audio_track: a video's own sound, where it has one, is heard before the question.
+        frame_sampling: which frames of a video are taken (media/frame_sampling.py).
+        use_audio_track: a video's own sound, where it has one, comes before the question.
         max_vision_tokens: of one sample, after pooling.
         max_tokens: of one micro-batch when packing.
-        packing: fill micro-batches up to max_tokens; else per_device_train_batch_size samples of
-            like length.
+        packing: join samples to micro-batches of up to max_tokens; else
+            per_device_train_batch_size samples of like length.
         text_loss_weight, audio_loss_weight, semantic_loss_weight: see model/loss.py.
         system_prompt: text of a system turn before the question; empty: none.
         prepare_only: stop when frames, features and codes are in the cache.
@@ -111,14 +112,14 @@ class RunArguments:
         return LossWeights(self.text_loss_weight, self.audio_loss_weight, self.semantic_loss_weight)
 
 
-def check_words(words: Sequence[str]) -> RunArguments | None:
-    """Our own options of the command line, or what is wrong with them; None where --help is asked
-    for. All else is read later.
+def check_argv(argv: Sequence[str]) -> RunArguments | None:
+    """Return our own options of the command line; None where it asks for --help. All others are
+    read later.
 
     Raises:
         ValueError: a value that cannot be, a file that cannot be read.
     """
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(argv):
         return None
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -129,32 +130,50 @@ def check_words(words: Sequence[str]) -> RunArguments | None:
             kind = kind if kind in (int, float) else str
             parser.add_argument(f"--{name}", type=kind, nargs="+" if is_list else None)
     parser.add_argument("--deepspeed")
-    given = vars(parser.parse_known_args(expand_config(words))[0])
+    given = vars(parser.parse_known_args(expand_config(argv))[0])
     deepspeed = given.pop("deepspeed", "")
     if deepspeed and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
         raise ValueError(f'deepspeed={deepspeed}: no such file; "" trains without DeepSpeed.')
     return RunArguments(**given)
 
 
-def expand_config(words: Sequence[str]) -> list[str]:
-    """`--config FILE` replaced by the file's keys as flags, so that later flags win."""
-    words = list(words)
-    if "--config" not in words:
-        return words
-    at = words.index("--config")
-    if at + 1 == len(words):
+def expand_config(argv: Sequence[str]) -> list[str]:
+    """Replace `--config FILE` by the file's keys as flags, so that later flags win."""
+    argv = list(argv)
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
         raise ValueError("--config: needs a JSON file.")
-    path = Path(words[at + 1])
+    values = read_json(Path(argv[at + 1]), name=f"--config {argv[at + 1]}")
+    flags = [flag for key, value in values.items() for flag in _as_flag(key, value)]
+    return flags + argv[:at] + argv[at + 2 :]
+
+
+def add_max_frames(parser: argparse.ArgumentParser, *, default: int) -> None:
+    """Add --max_frames; its earlier name --max_rows is accepted with a line that says the new."""
+    parser.add_argument("--max_frames", type=int, default=default, help="of an answer, 60 ms each")
+    hidden: Any = {"dest": "max_frames", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--max_rows", type=int, action=_MaxRows, **hidden)
+
+
+class _MaxRows(argparse.Action):
+    def __call__(self, _: Any, namespace: argparse.Namespace, values: Any, *__: Any) -> None:
+        sys.stderr.write("--max_rows is now --max_frames\n")
+        namespace.max_frames = values
+
+
+def read_json(path: Path, *, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises ValueError, beginning with `name`: there is none."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"--config {path}: no such file.") from error
-    except ValueError as error:
-        raise ValueError(f"--config {path}: not readable as JSON ({error}).") from error
+        raise ValueError(f"{name}: no such file.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: not readable as JSON ({error}).") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: must be a JSON object.")
-    flags = [word for key, value in values.items() for word in _as_flag(key, value)]
-    return flags + words[:at] + words[at + 2 :]
+        raise ValueError(f"{name}: must be a JSON object.")
+    return values
 
 
 def _as_flag(key: str, value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""All settings of a run: what the source document names, as fields and flags of train_ds.py.
+"""Holds all settings of a run, which the source document names, as flags of train_ds.py.
 
     deepspeed --num_gpus=8 train_ds.py --model_name_or_path DIR --num_train_epochs 3
     deepspeed --num_gpus=8 train_ds.py --config my_run.json
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Options of earlier transformers, which the source document's code uses.
 RENAMED = {
     "warmup_ratio": "warmup_steps (a number below 1 is the share of all steps)",
-    "overwrite_output_dir": "nothing: a run goes on where its output_dir stops with "
+    "overwrite_output_dir": "nothing: a run continues where its output_dir stops with "
     "--resume_from_checkpoint latest",
     "evaluation_strategy": "eval_strategy",
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR",
@@ -81,13 +81,13 @@ class OmniTrainingArguments(TrainingArguments):
 
 
 def default_trackers() -> list[str]:
-    """TensorBoard, and W&B where its key is set."""
+    """Return TensorBoard, and W&B where its key is set."""
     return ["tensorboard"] + ["wandb"] * bool(os.environ.get("WANDB_API_KEY"))
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for one that does not exist or is not installed: Trainer would, after the
-    model is loaded."""
+    """Raise ValueError for one that does not exist or is not installed, as Trainer would only after
+    the model is loaded."""
     try:
         get_reporting_integration_callbacks(list(names))
     except ValueError as error:
@@ -101,22 +101,21 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, OmniTrainingArguments]:
-    """The settings from flags, or from --config FILE with flags on top.
+    """Return the settings from flags, or from --config FILE with flags on top.
 
     Raises:
         ValueError: a value that cannot be, or a key that does not exist.
     """
     given = sys.argv[1:] if argv is None else argv
-    words = expand_config(given)
     parser = HfArgumentParser((RunArguments, OmniTrainingArguments))  # pyright: ignore
     run, training, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True
+        expand_config(given), return_remaining_strings=True
     )
-    for word in unknown:
-        name = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--"):
+    for arg in unknown:
+        name = arg.removeprefix("--").partition("=")[0]
+        if arg.startswith("--"):
             hint = RENAMED.get(name)
-            is_file = "--config" in given and word not in given
+            is_file = "--config" in given and arg not in given
             where = f"{given[given.index('--config') + 1]}: {name}" if is_file else f"--{name}"
             raise ValueError(
                 f"{where}: no such option"

@@ -1,4 +1,4 @@
-"""Fits the embedded speech codec to recordings, or speaks one through it, to hear what it keeps.
+"""Fits the embedded speech codec to recordings, or encodes and decodes one, to listen to.
 
     python -m vss_longcat_omni.tools.fit_codec fit data/training --out cache/codec
     python -m vss_longcat_omni.tools.fit_codec round-trip IN.wav OUT.wav --codec cache/codec
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vss_longcat_omni.media.audio import AUDIO_SUFFIXES, load_audio, save_audio
-from vss_longcat_omni.speech.embedded_codec import NUM_BOOKS, MelCodec
+from vss_longcat_omni.speech.embedded_codec import NUM_CODEBOOKS, MelCodec
 from vss_longcat_omni.speech.fit_codec import MAX_HOURS, fit_codec
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ ANSWER_STEMS = ("output", "out")  # what is fitted to in a folder of samples
 
 
 def find_recordings(sources: Sequence[Path]) -> list[Path]:
-    """Files as they are; of a folder, its answers (`output.wav`, `out.wav`), else all its speech.
+    """Return files as they are, and a folder's answers (`output.wav`, `out.wav`), else its speech.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -50,18 +50,18 @@ def _fit(args: argparse.Namespace) -> str:
     codec = fit_codec(
         find_recordings(args.sources),
         args.out,
-        book_sizes=args.books,
+        codebook_sizes=args.books,
         max_hours=args.max_hours,
         seed=args.seed,
     )
-    return f"{args.out}: books of {', '.join(map(str, codec.book_sizes))}"
+    return f"{args.out}: codebooks of {', '.join(map(str, codec.codebook_sizes))}"
 
 
 def _round_trip(args: argparse.Namespace) -> str:
     codec = MelCodec.load(args.codec)
     codes = codec.encode(load_audio(args.source))
     save_audio(args.out, codec.decode(codes), sample_rate=codec.sample_rate)
-    return f"{args.out}: {len(codes)} frames of {NUM_BOOKS} codes"
+    return f"{args.out}: {len(codes)} frames of {NUM_CODEBOOKS} codes"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,10 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
     fit.add_argument("sources", nargs="+", type=Path, metavar="DIR_OR_WAV")
     fit.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    fit.add_argument("--books", nargs=NUM_BOOKS, type=int, help="entries; default: by the speech")
-    fit.add_argument("--max_hours", type=float, default=MAX_HOURS, help="speech to look at")
+    fit.add_argument(
+        "--books", nargs=NUM_CODEBOOKS, type=int, help="entries; default: by the speech"
+    )
+    fit.add_argument("--max_hours", type=float, default=MAX_HOURS, help="speech to take")
     fit.add_argument("--seed", type=int, default=0)
-    round_trip = commands.add_parser("round-trip", help="encode and decode a recording, to hear it")
+    round_trip = commands.add_parser("round-trip", help="encode and decode a recording")
     round_trip.set_defaults(run=_round_trip)
     round_trip.add_argument("source", type=Path, metavar="IN")
     round_trip.add_argument("out", type=Path, metavar="OUT")

@@ -26,8 +26,8 @@ from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 from vss_longcat_omni.model.saving import save_config, save_weights
 
 MAX_STATISTICS_SAMPLES = 500
-VOCAB_SIZE = 1024  # at most: an answer has one row every 60 ms, too few for a letter each
-EYES = {  # few layers, and small pictures: 4 x 4 patches of 14 pixels and more
+VOCAB_SIZE = 1024  # at most: an answer has one frame every 60 ms, too few for a letter each
+VISION = {  # few layers, and small pictures: 4 x 4 patches of 14 pixels and more
     "resize_factor": 2,
     "min_tokens": 16,
     "max_tokens": 64,
@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 2,
             "intermediate_size": 64,
             "adaptor_dim": 64,
-            **EYES,
+            **VISION,
         },
         "audio_config": {
             "hidden_size": 64,
@@ -87,7 +87,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4,
             "intermediate_size": 1024,
             "adaptor_dim": 768,
-            **EYES,
+            **VISION,
         },
         "audio_config": {
             "hidden_size": 1024,
@@ -103,7 +103,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def make_model(
     out: Path, *, size: str, data_dir: Path, cache_dir: Path = Path("cache"), seed: int = 0
 ) -> LongcatOmniForCausalLM:
-    """Writes the folder and returns the model; what `out` held of a model is replaced.
+    """Write the folder and return the model; what `out` held of a model is replaced.
 
     `cache_dir` may hold transcripts of transcribe.py, for samples without their own.
     """
@@ -128,15 +128,15 @@ def make_model(
 
 
 def init_std(sizes: dict[str, Any]) -> float:
-    """The released config's, for products as large as there: with its 0.02 itself a model a tenth
-    as wide learns to speak and to see, and begins to listen hundreds of steps later."""
+    """Scale the released config's, for activations as large as there: with its 0.02 itself a model
+    a tenth as wide learns speech and pictures, and begins to use sound hundreds of steps later."""
     released = LongcatOmniConfig()
     return released.initializer_range * (released.hidden_size / sizes["hidden_size"]) ** 0.5
 
 
 @torch.no_grad()
 def initialize(model: LongcatOmniForCausalLM) -> None:
-    """Normal for the language model, as its config says; torch's own for the encoders."""
+    """Draw the language model's weights as its config says; the encoders keep torch's own."""
     std = model.config.initializer_range
     for name, param in model.named_parameters():
         is_encoder = name.startswith(("vision_", "audio_encoder.", "audio_projector."))

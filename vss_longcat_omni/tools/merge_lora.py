@@ -2,9 +2,9 @@
 
     python -m vss_longcat_omni.tools.merge_lora --base DIR --adapter ADAPTER --out OUT
 
-Follows a training. What it makes is a base folder like the first one, for generate.py or a further
-training. One file after the other: in memory are the adapter and one shard's changed tensors.
-Every file gets its name when it is whole, so a merge that was cut off goes on when run again.
+It follows a training. What it makes is a base folder like the first one, for generate.py or a
+further training. It writes one file after the other, atomically, with the adapter and one shard's
+changed tensors in memory; a merge that was cut off continues when run again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Job(NamedTuple):
-    """One file of the merged folder."""
+    """Describes one file of the merged folder."""
 
     source: Path
     name: str  # within the merged folder
@@ -45,7 +45,7 @@ class Job(NamedTuple):
 def merge(
     base: Path, adapter: Path, out: Path, *, dtype: torch.dtype | None = None, link: bool = False
 ) -> list[Job]:
-    """Writes the merged folder `out`, or what is still missing of it; returns all its files.
+    """Write the merged folder `out`, or what is still missing of it; return all its files.
 
     Changed weights are W + scale * B @ A in float32, rounded to `dtype` (None: as W is stored).
     Hidden files of the base are left out.
@@ -84,7 +84,7 @@ def merge(
 def plan_jobs(
     base: Path, changes: dict[str, Change], *, dtype: torch.dtype | None = None, link: bool = False
 ) -> list[Job]:
-    """Every file of the merged folder and what changes in it; reads no weights yet."""
+    """List every file of the merged folder and what changes in it; read no weights yet."""
     keys = find_keys(base, changes)
     jobs = []
     for path in sorted(base.rglob("*")):
@@ -105,7 +105,7 @@ def plan_jobs(
 
 
 def find_keys(base: Path, changes: dict[str, Change]) -> dict[Path, dict[str, str]]:
-    """The files that change; of each, key in the file -> name in the model.
+    """Find the files that change; for each, key in the file -> name in the model.
 
     Raises:
         ValueError: a changed tensor is in none of the base's files, or in two; or does not fit.
@@ -152,7 +152,7 @@ def _check_fits(path: Path, name: str, stored: Tensor, change: Change) -> None:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """A weight file's tensors, mapped into memory and read when they are used; its metadata."""
+    """Map a weight file's tensors into memory, read when they are used; return its metadata too."""
     try:
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True), None
@@ -171,7 +171,7 @@ def _count_bytes(path: Path, keys: dict[str, str], dtype: torch.dtype | None) ->
 
 
 def _run(job: Job, changes: dict[str, Change], out: Path, *, dtype: torch.dtype | None) -> None:
-    """Writes one file, whole or not at all."""
+    """Write one file atomically."""
     target = out / job.name
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
@@ -194,7 +194,7 @@ def _run(job: Job, changes: dict[str, Change], out: Path, *, dtype: torch.dtype 
 
 
 def _check_record(out: Path, record: dict[str, str]) -> None:
-    """Nothing of another merge, and nothing else, may end up in one folder with this one."""
+    """Raise ValueError where `out` holds another merge, or anything else."""
     path = out / RECORD
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         "--adapter", required=True, help="output_dir of a training, or a checkpoint"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, help="the folder to make, or to go on with"
+        "--out", required=True, type=Path, help="the folder to make, or to continue"
     )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the changed tensors (default: as in the base)"

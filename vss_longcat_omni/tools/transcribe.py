@@ -1,11 +1,11 @@
-"""Writes down what answers say, where they have no output.txt, as a recogniser hears them.
+"""Transcribes answers that have no output.txt by a recognizer.
 
     python -m vss_longcat_omni.tools.transcribe data --asr whisper:openai/whisper-large-v3-turbo
 
-Before training, which takes these texts from the cache (--transcripts file). For each answer's
-content cache/transcripts holds DIGEST.txt, and DIGEST.json, which names the recogniser and the
-sound. A killed run goes on where it stopped; texts of another recogniser are written anew. DATA is
-the folder around training/ and test/, or one of these.
+It comes before training, which takes these texts from the cache (--transcripts file). For each
+answer's content cache/transcripts holds DIGEST.txt, and DIGEST.json, which names the recognizer and
+the sound. A killed run continues where it stopped; texts of another recognizer are written again.
+DATA is the folder around training/ and test/, or one of these.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from tqdm import tqdm
 from vss_longcat_omni.dataset.folders import SPLIT_FOLDERS, find_samples
 from vss_longcat_omni.dataset.prepare import ContentDigests, locked, naming, transcript_path
 from vss_longcat_omni.media.audio import load_audio
-from vss_longcat_omni.speech.recognizer import load_recogniser
+from vss_longcat_omni.speech.recognizer import load_recognizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vss_longcat_omni.dataset.folders import Sample
-    from vss_longcat_omni.speech.recognizer import Recogniser
+    from vss_longcat_omni.speech.recognizer import Recognizer
 
 
 @dataclass
 class Report:
     num_own: int = 0  # samples with an output.txt
-    num_there: int = 0  # heard by an earlier run
+    num_there: int = 0  # transcribed by an earlier run
     num_written: int = 0
     problems: list[str] = field(default_factory=list)  # of samples that have no transcript now
 
 
-def transcribe(samples: Sequence[Sample], recogniser: Recogniser, cache_dir: Path) -> Report:
-    """Hears each answer that has no output.txt, once. Where no word is heard nothing is written."""
+def transcribe(samples: Sequence[Sample], recognizer: Recognizer, cache_dir: Path) -> Report:
+    """Transcribe each answer that has no output.txt, once; write nothing where there is no word."""
     report = Report()
-    untold = [sample for sample in samples if sample.transcript is None]
-    report.num_own = len(samples) - len(untold)
-    paths = find_paths(untold, cache_dir)
-    for sample, path in tqdm(zip(untold, paths, strict=True), "transcribing", len(untold)):
-        if is_written(path, recogniser):
+    todo = [sample for sample in samples if sample.transcript is None]
+    report.num_own = len(samples) - len(todo)
+    paths = find_paths(todo, cache_dir)
+    for sample, path in tqdm(zip(todo, paths, strict=True), "transcribing", len(todo)):
+        if is_written(path, recognizer):
             report.num_there += 1
             continue
         sound = sample.output_audio
         try:
             with naming(sound):
-                text = recogniser.hear(load_audio(sound))
+                text = recognizer.transcribe(load_audio(sound))
                 if not text.strip():
-                    raise ValueError(f"{recogniser.name} hears no word; write {sound.stem}.txt")
+                    raise ValueError(f"{recognizer.name} finds no word; write {sound.stem}.txt")
         except (ValueError, OSError) as error:
             report.problems.append(str(error))
             continue
         write(path, text.strip() + "\n")  # before its note: what has a note is whole
-        note = {"asr": recogniser.name, "sound": str(sound)}
+        note = {"asr": recognizer.name, "sound": str(sound)}
         write(path.with_suffix(".json"), json.dumps(note) + "\n")
         report.num_written += 1
     return report
 
 
 def find_paths(samples: Sequence[Sample], cache_dir: Path) -> list[Path]:
-    """The file for each answer's transcript."""
+    """Return the file for each answer's transcript."""
     (cache_dir / "transcripts").mkdir(parents=True, exist_ok=True)
     with locked(cache_dir / "prepare.lock"):
         digests = ContentDigests(cache_dir / "digests.json")
@@ -77,24 +77,24 @@ def find_paths(samples: Sequence[Sample], cache_dir: Path) -> list[Path]:
     return paths
 
 
-def is_written(path: Path, recogniser: Recogniser) -> bool:
-    """Whether the transcript is there, and this recogniser's."""
+def is_written(path: Path, recognizer: Recognizer) -> bool:
+    """Say whether the transcript is there, and this recognizer's."""
     try:
         note = json.loads(path.with_suffix(".json").read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return False
-    return path.is_file() and note.get("asr") == recogniser.name
+    return path.is_file() and note.get("asr") == recognizer.name
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def find_all(folder: Path) -> list[Sample]:
-    """The samples of every split that is there.
+    """Return the samples of every split that is there.
 
     Raises:
         ValueError: there is none.
@@ -112,7 +112,7 @@ def find_all(folder: Path) -> list[Sample]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when every sample has a transcript, 1 when not."""
+    """Run the command; return 0 when every sample has a transcript, 1 when not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of samples")
     parser.add_argument("--asr", required=True, help="whisper:FOLDER_OR_HUB_ID, or pocketsphinx")
@@ -122,13 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     samples = find_all(options.data)
     if options.asr in ("auto", "none"):
         raise ValueError(f"--asr {options.asr}: name the one that is to write the transcripts")
-    recogniser = load_recogniser(options.asr, device=options.device)
-    assert recogniser is not None
-    report = transcribe(samples, recogniser, options.cache_dir)
+    recognizer = load_recognizer(options.asr, device=options.device)
+    assert recognizer is not None
+    report = transcribe(samples, recognizer, options.cache_dir)
     sys.stdout.writelines(f"no transcript: {problem}\n" for problem in report.problems)
     sys.stdout.write(
         f"{options.data}: {len(samples)} samples, {report.num_own} with a text of their own, "
-        f"{report.num_there} transcribed before, {report.num_written} now by {recogniser.name}, "
+        f"{report.num_there} transcribed before, {report.num_written} now by {recognizer.name}, "
         f"{len(report.problems)} without a transcript\n"
     )
     return 1 if report.problems else 0

@@ -25,18 +25,16 @@ import torch
 import torchaudio.functional
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tests.vss_longcat_omni.support.longcat_codec_samples import TINY_DECODERS, TINY_ENCODER
 from tests.vss_longcat_omni.support.official_longcat_codec import (
     build_official_decoder,
     build_official_encoder,
     random_stats,
-    spread_centres,
+    spread_centroids,
 )
 from vss_longcat_omni.speech.longcat_codec.codec import LongCatAudioCodec
 from vss_longcat_omni.speech.longcat_codec.config import (
-    HOP,
     RELEASED_DECODERS,
     DecoderConfig,
     EncoderConfig,
@@ -76,7 +74,7 @@ def compare_all(
 ) -> Iterator[Result]:
     clips = [read_speech(folder)[5000:][:size] for size in SAMPLES]
     official = build_official_encoder(folder, scratch, TINY_ENCODER)
-    spread_centres(official, clips[-1])
+    spread_centroids(official, clips[-1])
     decoders = {name: build_official_decoder(config) for name, config in TINY_DECODERS.items()}
     yield from compare_encoder("tiny encoder", official, TINY_ENCODER, scratch, clips)
     for name, config in TINY_DECODERS.items():
@@ -87,7 +85,7 @@ def compare_all(
         return
     clips = [clips[number] for number in (5, 9, 11)]
     official = build_official_encoder(folder, scratch, None)
-    spread_centres(official, clips[-1])
+    spread_centroids(official, clips[-1])
     yield from compare_encoder("released sizes, encoder", official, None, scratch, clips)
     del official
     for name, config in RELEASED_DECODERS.items():
@@ -129,7 +127,7 @@ def file_name(decoder: str) -> str:
 def compare_encoder(
     case: str, official: Any, config: EncoderConfig | None, scratch: Path, clips: list[Tensor]
 ) -> Iterator[Result]:
-    """The official weights go through a file and our loader, as a released checkpoint does."""
+    """Load the official weights by a file and our loader, as a released checkpoint is."""
     path = scratch / "encoder.pt"
     state = official.state_dict()
     # As far as is known, the released checkpoint has no statistics of the features.
@@ -151,7 +149,6 @@ def compare_loaded_encoder(
         semantic, acoustic = official(clip[None, None], 16_000)
         wanted = join(semantic, acoustic)[0]
         yield f"{case}: codes of {len(clip)} samples", equal(codec.encode(clip), wanted)
-    yield from compare_batch(case, official, codec, clips)
 
 
 def compare_inside(case: str, official: Any, ours: Any, clip: Tensor) -> Iterator[Result]:
@@ -161,11 +158,11 @@ def compare_inside(case: str, official: Any, ours: Any, clip: Tensor) -> Iterato
     own = ours.semantic_tokenizer
     found = own.feature_extractor(waveform[:, 0] * 32767)
     yield f"{case}: features", error(found, features)
-    yield f"{case}: semantic states", error(own.model(found, None), states)
+    yield f"{case}: semantic states", error(own.model(found), states)
     yield f"{case}: acoustic vectors", error(ours.encoder(waveform[:, 0]), vectors)
     wanted, codes, *_ = official.acoustic_quantizer(vectors)
-    yield f"{case}: quantised vectors", error(ours.acoustic_quantizer.embed(codes), wanted)
-    distinct = [len(books.unique()) for books in codes[0]] + [len(own.kmeans(states).unique())]
+    yield f"{case}: quantized vectors", error(ours.acoustic_quantizer.embed(codes), wanted)
+    distinct = [len(used.unique()) for used in codes[0]] + [len(own.kmeans(states).unique())]
     yield f"{case}: distinct codes {distinct}", 0.0 if min(distinct) > 2 else math.inf
 
 
@@ -175,25 +172,6 @@ def run_inside(official: Any, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]
     features, num_frames = tokenizer.feature_extractor(waveform[:, 0] * 32767, length)
     states, _ = tokenizer.model.get_mid_emb(features, num_frames, tokenizer.layer)
     return features, states.transpose(0, 1), official.encoder(waveform)
-
-
-def compare_batch(
-    case: str, official: Any, codec: LongCatAudioCodec, clips: list[Tensor]
-) -> Iterator[Result]:
-    """The official functions for batches, told whole frames; noise lies behind our clips."""
-    lengths = torch.tensor([len(clip) for clip in clips])
-    frames = (lengths + HOP - 1) // HOP
-    padded = official.preprocess(pad_sequence(clips, batch_first=True)[:, None], 16_000)
-    acoustic, found = official.get_acoustic_codes_with_lengths(padded, frames * HOP)
-    semantic, semantic_found = official.get_semantic_codes_with_lengths(padded, frames * HOP)
-    assert torch.equal(found, frames)
-    assert torch.equal(semantic_found, frames)
-    wanted = join(semantic, acoustic)
-    wanted[torch.arange(wanted.shape[1]) >= frames[:, None]] = -1
-    noisy = 0.1 * torch.randn(len(clips), int(lengths.max()))
-    for row, clip in zip(noisy, clips, strict=True):
-        row[: len(clip)] = clip
-    yield f"{case}: codes of a batch", equal(codec.encode(noisy, lengths), wanted)
 
 
 def join(semantic: Tensor, acoustic: Tensor) -> Tensor:
@@ -218,16 +196,16 @@ def compare_loaded_decoder(case: str, official: Any, codec: LongCatAudioCodec) -
     yield f"{case}: sample rate", equal(codec.sample_rate, official.output_rate)
     config = codec.decoder.config
     sizes = torch.tensor([config.semantic_size] + [config.quantizer.codebook_size**2] * 3)
-    num_books = config.quantizer.num_codebooks
+    num_codebooks = config.quantizer.num_codebooks
     for num_frames in (1, 3, 17):
         codes = (torch.rand(num_frames, 4) * sizes).long()
-        for books in sorted({1, num_books}):
-            part = codes[None, :, : 1 + books]
+        for used in sorted({1, num_codebooks}):
+            part = codes[None, :, : 1 + used]
             wanted = official(part[..., 0], part[..., 1:].transpose(1, 2))[0, 0]
-            found = codec.decode(codes if books == num_books else part[0])
-            yield f"{case}: {num_frames} frames of {books} books", error(found, wanted)
+            found = codec.decode(codes if used == num_codebooks else part[0])
+            yield f"{case}: {num_frames} frames of {used} codebooks", error(found, wanted)
     yield f"{case}: loudness of the last", 0.0 if 1e-3 < wanted.std() < 0.9 else math.inf
-    batch = (torch.rand(3, 9, 1 + num_books) * sizes[: 1 + num_books]).long()
+    batch = (torch.rand(3, 9, 1 + num_codebooks) * sizes[: 1 + num_codebooks]).long()
     wanted = official(batch[..., 0], batch[..., 1:].transpose(1, 2))[:, 0]
     yield f"{case}: a batch", error(codec.decoder(batch), wanted)
 

@@ -24,9 +24,11 @@ import vss_longcat_omni
 from tests.vss_longcat_omni.support.tiny import make_example, tiny_config
 from vss_longcat_omni.dataset.special_tokens import SpecialTokens
 from vss_longcat_omni.model.build import build_model
+from vss_longcat_omni.model.loading import RELEASED, find_config
 from vss_longcat_omni.options.training_arguments import parse_arguments
 from vss_longcat_omni.plan.__main__ import check_fits
-from vss_longcat_omni.plan.inputs import released_config
+from vss_longcat_omni.plan.memory import predict_memory
+from vss_longcat_omni.plan.verdict import speed
 from vss_longcat_omni.training.trainer import OmniTrainer
 
 DS_CONFIG = Path(vss_longcat_omni.__file__).with_name("ds_config.json")
@@ -105,18 +107,20 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ds_config.json"
         path.write_text(json.dumps(settings))
-        words = ["--deepspeed", str(path), "--max_steps", str(options.steps), "--report_to", "none"]
-        words += ["--output_dir", f"{folder}/out", "--save_strategy", "no"]
-        run, training = parse_arguments([*words, *rest])
+        argv = ["--deepspeed", str(path), "--max_steps", str(options.steps), "--report_to", "none"]
+        argv += ["--output_dir", f"{folder}/out", "--save_strategy", "no"]
+        run, training = parse_arguments([*argv, *rest])
         measure(options, run, training)
 
 
 def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
-    config = tiny_config() if options.tiny else released_config()
+    config = tiny_config() if options.tiny else find_config(RELEASED)
+    assert config is not None
     config.num_layers = options.layers
     config.num_hidden_layers = 2 * options.layers
-    plan = check_fits(run, training, config)
-    assert plan is not None
+    setup = check_fits(run, training, config)
+    assert setup is not None
+    memory = predict_memory(setup)
     model = build_model(run, training, config, SpecialTokens(), lambda _: None)
     say(training, "built")
     count = options.samples * training.gradient_accumulation_steps * training.world_size
@@ -139,12 +143,11 @@ def measure(options: argparse.Namespace, run: Any, training: Any) -> None:
             "tokens_per_sec_of_all": round(rates[len(rates) // 2], 1),
             "losses": [step["loss"] for step in watch.steps],
             "peak_gib": round(watch.steps[-1].get("peak_mem_gib", 0), 2),
-            "predicted_gib": round(plan.memory.peak / gib, 2),
-            "parts": {part.name: round(part.num_bytes / gib, 2) for part in plan.memory.parts},
-            "moment": plan.memory.moment,
+            "predicted_gib": round(memory.peak / gib, 2),
+            "parts": {n: round(size / gib, 2) for n, size in memory.phases[memory.phase].items()},
+            "phase": memory.phase,
+            "predicted_tokens_per_sec": round(speed(setup)[0], 1),
         }
-        if plan.times is not None:
-            result["predicted_tokens_per_sec"] = round(plan.times.tokens_per_sec, 1)
         sys.stdout.write(json.dumps(result) + "\n")
 
 

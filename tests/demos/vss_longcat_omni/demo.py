@@ -18,7 +18,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from tests.demos.vss_longcat_omni.trial import ROOT, has_gpu, make_samples, run, say
+from tests.demos.vss_longcat_omni.end_to_end import ROOT, has_gpu, make_samples, run, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,15 +53,15 @@ def train() -> None:
 
 def answer() -> None:
     run(
-        "answers to questions by voices it never heard", "python", "-m",
+        "answers to questions by voices that are not in the training", "python", "-m",
         "vss_longcat_omni.generate", "--model_name_or_path", OUT / "trained",
         "--codec", OUT / "cache" / "codec", "--data_dir", OUT / "data", "--split", "test",
-        "--out", OUT / "answers", "--max_rows", "40",
+        "--out", OUT / "answers", "--max_frames", "40",
     )  # fmt: skip
 
 
 def read_losses() -> list[dict[str, Any]]:
-    """What was logged, step by step."""
+    """Return what was logged, step by step."""
     (state,) = (OUT / "trained").glob("checkpoint-*/trainer_state.json")
     history = json.loads(state.read_text())["log_history"]
     return [entry for entry in history if "loss" in entry]

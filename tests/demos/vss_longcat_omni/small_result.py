@@ -1,12 +1,12 @@
-"""A small LongCat-Flash-Omni from nothing on one GPU: does it answer what it is asked?
+"""Trains a small LongCat-Flash-Omni from random weights on one GPU, and measures its answers.
 
     python -m tests.demos.vss_longcat_omni.small_result [--out runs/small_omni] [--steps 1150]
 
-(from the repository's root). Made samples: a shape moves, a voice asks for its colour, its shape or
-its direction, another voice answers; so both senses are needed. A model of 164M parameters, eyes
-and ears among them, is trained whole for --steps; then held-out samples are asked, with
-combinations and voices that it never met, and again with the video blanked and the question
-silenced. In OUT are then the samples, the model, report/answers.jsonl and report/*.wav, and, where
+(from the repository's root). Made samples: a shape moves, a voice asks for its color, its shape or
+its direction, another voice answers; so pictures and sound are needed. A model of 164M parameters,
+both encoders among them, is trained for --steps; then held-out samples are asked, with combinations
+and voices that are not in the training, and again with the video blanked and the question silenced.
+In OUT are then the samples, the model, report/answers.jsonl and report/*.wav, and, where
 PocketSphinx is installed, report/summary.json. What is there already is not made again.
 """
 
@@ -17,11 +17,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from tests.demos.vss_longcat_omni.trial import ROOT, has_gpu, make_samples, num_cores, run, say
+from tests.demos.vss_longcat_omni.end_to_end import ROOT, has_gpu, make_samples, num_cores, run, say
 
-# Of fewer samples, or in smaller steps, the shapes are learned by heart.
+# With fewer samples, or in smaller steps, the model overfits to the shapes.
 NUM_SAMPLES, NUM_HELD_OUT, NUM_STEPS, MAX_TOKENS = 32000, 240, 1150, 16384
-MAX_ROWS = 60  # of an answer, 60 ms each
+MAX_FRAMES = 60  # of an answer, 60 ms each
 MAX_WORKERS = 10  # that ask, each with a model on the GPU
 # Compiling chains of so small operations takes longer than it saves.
 ENV = {"TORCH_COMPILE_DISABLE": "1"}
@@ -49,19 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     report = ("--data_dir", out / "data", "--codec", out / "cache" / "codec")
     report += ("--out", out / "report")
     workers = min(MAX_WORKERS, num_cores()) if has_gpu() else 1
-    judge = ("python", "-m", "vss_longcat_omni.tools.judge")
-    run("questions by voices it never heard", *judge, "ask", *report, "--model_name_or_path",
-        out / "trained", "--max_rows", str(MAX_ROWS), "--workers", str(workers),
-        env=ENV)  # fmt: skip
+    command = ("python", "-m", "vss_longcat_omni.tools.closed_questions")
+    run("questions by voices that are not in the training", *command, "ask", *report,
+        "--model_name_or_path", out / "trained", "--max_frames", str(MAX_FRAMES),
+        "--workers", str(workers), env=ENV)  # fmt: skip
     if importlib.util.find_spec("pocketsphinx") is None:
-        say("pocketsphinx is not installed, so nobody has listened: `judge hear` is still to do\n")
+        say("pocketsphinx is not installed: `closed_questions transcribe` is still to do\n")
         return 0
-    run("what is heard", *judge, "hear", *report)
+    run("transcripts of the wavs", *command, "transcribe", *report)
     return 0
 
 
 def train(options: argparse.Namespace) -> None:
-    """The whole model, by train_ds.py."""
+    """Train the whole model by train_ds.py."""
     out = options.out
     run(
         f"{options.steps} steps of training",
@@ -70,8 +70,8 @@ def train(options: argparse.Namespace) -> None:
         "--cache_dir", out / "cache", "--output_dir", out / "trained",
         "--max_steps", str(options.steps), "--warmup_steps", "0.05",
         "--learning_rate", str(options.learning_rate),
-        # The gradients of the ears grow a hundredfold when it begins to listen: 0.999 would
-        # go on dividing by what they were before, and such steps undo what was learned.
+        # The audio encoder's gradients grow a hundredfold when the model begins to use the sound:
+        # 0.999 would continue to divide by what they were before, and undo what was learned.
         "--adam_beta2", "0.95",
         "--max_tokens", str(options.max_tokens), "--gradient_accumulation_steps", "1",
         "--gradient_checkpointing", "false", "--logging_steps", "20", "--save_strategy", "no",

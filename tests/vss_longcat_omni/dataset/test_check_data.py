@@ -98,7 +98,8 @@ FAULTS = {
     "silent": "output.wav: silent",
     "empty text": "output.txt: empty",
     "latin text": "output.txt: not UTF-8",
-    "long text": "transcript: too long: at least 18 tokens and their end for 18 rows (1.00 s",
+    "long text": "transcript: too long: at least 18 tokens and their end for 18 stream frames "
+    "(1.00 s",
     "long speech": "input.wav: too long: 121.0 s, over 120 s",
     "cut mp3": "input.mp3: cut off after",
 }
@@ -142,14 +143,14 @@ def test_a_tokenizer_counts_the_transcript_as_training_does(
     build: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    data = build().parent.parent  # 17 codec frames: 18 rows, for 17 letters and the end
+    data = build().parent.parent  # 17 codec frames: 18 stream frames, for 17 letters and the end
     (build("02") / "output.txt").write_text("it is a triangle!")
     (build("03") / "output.txt").write_text("it is a triangle!!")
     command = ["check", str(data), "--workers", "1", "--tokenizer", str(tmp_path / "tokenizer")]
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert "03: transcript: too long: 18 tokens and their end for 18 rows" in lines[0]
+    assert "03: transcript: too long: 18 tokens and their end for 18 stream frames" in lines[0]
     assert main([*command[:-1], str(tmp_path / "none")]) == 2
     assert "none: no tokenizer there" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ def test_packs_hold_every_sample_once_within_the_budget() -> None:
     assert sum(LENGTHS) / (1000 * len(packs)) > 0.93  # hardly any room is left over
 
 
-def test_a_sample_over_the_budget_is_refused() -> None:
+def test_a_sample_over_the_budget_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"sample 1 has 1,001 tokens, over max_tokens=1,000"):
         pack([10, 1001], 1000, seed=0)
 
@@ -36,9 +36,9 @@ def test_processes_share_an_epoch_and_have_equally_many() -> None:
     samplers = [MicroBatchSampler(batches, num_processes=4, rank=r, seed=0) for r in range(4)]
     found = [list(sampler) for sampler in samplers]
     assert [len(part) for part in found] == [3, 3, 3, 3] == [len(s) for s in samplers]
-    seen = [index for part in found for batch in part for index in batch]
-    assert set(seen) == set(range(10))
-    assert len(seen) == 12  # two of them once more
+    drawn = [index for part in found for batch in part for index in batch]
+    assert set(drawn) == set(range(10))
+    assert len(drawn) == 12  # two of them once more
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
@@ -53,6 +53,6 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(0, 1) != order(0, 2) != order(1, 2)
 
 
-def test_no_samples_are_refused() -> None:
+def test_no_samples_are_errors() -> None:
     with pytest.raises(ValueError, match="no samples"):
         MicroBatchSampler([], num_processes=1, rank=0, seed=0)

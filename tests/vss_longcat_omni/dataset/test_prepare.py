@@ -68,12 +68,12 @@ def test_what_is_prepared_is_what_the_files_hold(
     prepared = run(data, settings, codec)
     assert [p.sample.name for p in prepared] == ["01", "02", "03"]
     first = prepared[0]
-    seen = preparing.look_and_listen(first.sample.video, first.sample.input_audio, settings)
-    assert torch.equal(first.load_frames(), seen.frames)
-    assert torch.equal(first.load_features(), seen.features)
-    assert first.timestamps == seen.timestamps == ("second{0.0}:", "second{1.3}:")
-    assert first.frame_shape == tuple(seen.frames.shape)
-    assert first.num_audio_tokens == len(seen.features)
+    media = preparing.load_inputs(first.sample.video, first.sample.input_audio, settings)
+    assert torch.equal(first.load_frames(), media.frames)
+    assert torch.equal(first.load_features(), media.features)
+    assert first.timestamps == media.timestamps == ("second{0.0}:", "second{1.3}:")
+    assert first.frame_shape == tuple(media.frames.shape)
+    assert first.num_audio_tokens == len(media.features)
     speech = load_audio(first.sample.output_audio)
     assert torch.equal(first.codes, codec.encode(speech))
     assert len(first.codes) == -(-len(speech) // 960)
@@ -122,7 +122,7 @@ def test_other_settings_make_other_files(
     assert found.timestamps != wanted.timestamps
 
 
-def test_a_video_is_heard_before_the_question_where_that_is_asked(
+def test_a_videos_sound_comes_before_the_question_where_that_is_asked(
     data: Path, settings: Settings, codec: SpeechCodec
 ) -> None:
     """Of three videos the first has a sound of its own, a second long."""
@@ -134,9 +134,9 @@ def test_a_video_is_heard_before_the_question_where_that_is_asked(
     assert more[0] in (12, 13, 14)  # 80 ms each, and the codec of the mp4 pads
     assert more[1:] == [0, 0]
     sample = loud[0].sample
-    heard = torch.cat([load_audio_track(sample.video), load_audio(sample.input_audio)])
+    sound = torch.cat([load_audio_track(sample.video), load_audio(sample.input_audio)])
     fbank = preparing.load_fbank(settings.model_folder)
-    assert torch.equal(loud[0].load_features(), fbank(heard))
+    assert torch.equal(loud[0].load_features(), fbank(sound))
 
 
 def test_a_file_that_was_cut_off_is_made_again(
@@ -150,7 +150,7 @@ def test_a_file_that_was_cut_off_is_made_again(
     assert torch.equal(again.load_frames(), frames)
 
 
-def test_samples_that_cannot_be_read_are_left_out_and_told(
+def test_samples_that_cannot_be_read_are_left_out_and_reported(
     data: Path, settings: Settings, codec: SpeechCodec, caplog: pytest.LogCaptureFixture
 ) -> None:
     (data / "02" / "input.mp4").write_bytes(b"no video")
@@ -158,10 +158,10 @@ def test_samples_that_cannot_be_read_are_left_out_and_told(
     with caplog.at_level(logging.WARNING):
         prepared = run(data, settings, codec)
     assert [p.sample.name for p in prepared] == ["01"]
-    told = [r.message for r in caplog.records if r.message.startswith("left out: ")]
-    assert len(told) == 2
-    assert str(data / "02" / "input.mp4") in told[0]
-    assert str(data / "03" / "output.wav") in told[1]
+    warned = [r.message for r in caplog.records if r.message.startswith("left out: ")]
+    assert len(warned) == 2
+    assert str(data / "02" / "input.mp4") in warned[0]
+    assert str(data / "03" / "output.wav") in warned[1]
     (data / "01" / "input.wav").write_bytes(b"no question")
     with pytest.raises(ValueError, match="no sample could be read; the first: "):
         run(data, settings, codec)

@@ -92,7 +92,7 @@ def test_missing_tokens_are_all_named() -> None:
         read_special_tokens(tokenizer)
 
 
-def test_pad_that_is_also_eos_is_refused() -> None:
+def test_pad_that_is_also_eos_is_an_error() -> None:
     names = ["<unk>", *ENDS.values(), *EXTENDED_TOKENS.values()]
     tokenizer = word_tokenizer(names, **ENDS | {"pad_token": "</s>"})
     with pytest.raises(ValueError, match=r"one id.*pad_token"):

@@ -1,4 +1,4 @@
-"""Our token streams equal the official ones' recorded results, and a difference is seen."""
+"""Our token streams equal the official ones' recorded results, and a difference is found."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_one_changed_entry_is_a_mismatch(
     assert [error for _, error in compare(path) if error > 1e-5]
 
 
-def test_an_entry_that_nothing_compares_is_refused(tmp_path: Path) -> None:
+def test_an_entry_that_nothing_compares_is_an_error(tmp_path: Path) -> None:
     path = write_changed(tmp_path / "a.json", "longcat_omni_post.json", ["video"], [])
     with pytest.raises(ValueError, match=r"nothing compares.*video"):
         list(compare_post(path))
@@ -85,7 +85,7 @@ def test_an_entry_that_nothing_compares_is_refused(tmp_path: Path) -> None:
         list(compare_rows(path))
 
 
-def test_a_changed_embedding_is_a_mismatch_and_an_added_one_refused(tmp_path: Path) -> None:
+def test_a_changed_embedding_is_a_mismatch_and_an_added_one_an_error(tmp_path: Path) -> None:
     with safe_open(REFERENCE / "longcat_omni_embed.cases.safetensors", "pt") as file:
         cases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()

@@ -1,4 +1,4 @@
-"""Every row of a hand-written conversation, and what the template refuses.
+"""Every position of a hand-written conversation, and what is an error in the template.
 
 The official conversations: test_streams_reference.py. Ids of the byte tokenizer without merges: 150
 + code point - 33 for a visible ASCII character, 370 a space, 348 a newline.
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vss_longcat_omni.dataset.conversation import MediaItem, Segment, TextItem, Turn, VoiceItem
-from vss_longcat_omni.dataset.interleave import plan_audio, plan_interleaved
+from vss_longcat_omni.dataset.interleave import Part, plan_interleaved
 from vss_longcat_omni.dataset.special_tokens import SpecialTokens, build_byte_tokenizer
 from vss_longcat_omni.dataset.template import (
     Streams,
@@ -20,7 +20,6 @@ from vss_longcat_omni.dataset.template import (
     build_prompt,
     build_streams,
     delay_codes,
-    drop_speech,
     encode_text,
 )
 
@@ -33,13 +32,13 @@ NO_CODE, NO_LABEL = [3, 3, 3, 3], [X, X, X, X]
 USER = (202, 200, 186, 199, 175)  # USER:
 VOICE = (203, 196, 190, 184, 186, 370, 182, 200, 200, 190, 200, 201, 182, 195, 201, 175)
 TIME = (232, 218, 216, 228, 227, 217, 240, 165, 163, 165, 242, 175)  # second{0.0}:
-ANSWER_ROWS = [
+ANSWER = [
     # text, audio ids, role, text label, audio labels
-    # "a", two frames: codes + 32; acoustics one row later, their first row PAD, which is no label.
+    # "a", two frames: codes + 32; acoustics one frame later, their first PAD, which is no label.
     (214, [42, 3, 3, 3], 3, 214, [42, X, X, X]),  # a; c0 = 10
     (137, [43, 52, 62, 72], 3, 137, [43, 52, 62, 72]),  # </pause>; c1 = 11; a0 = 20, 30, 40
     (3, [2, 53, 63, 73], 3, X, [2, 53, 63, 73]),  # pad, no label; EOS; a1 = 21, 31, 41
-    # "b", one frame: its text fills both rows.
+    # "b", one frame: its text takes both stream frames.
     (215, [44, 3, 3, 3], 3, 215, [44, X, X, X]),  # b; c0 = 12
     (2, [2, 54, 64, 74], 3, 2, [2, 54, 64, 74]),  # </longcat_s>; EOS; a0 = 22, 32, 42
 ]
@@ -70,30 +69,27 @@ def body_of(streams: Streams) -> list[int]:
     return streams.input_ids[streams.roles == 3].tolist()
 
 
-def test_every_row_of_a_question_and_its_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_position_of_a_question_and_its_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     # USER: (5) second{0.0}: (12) two image pads, <|audio|>, one audio pad, <|/audio|>, newline (6):
     # 23 positions of the user. VOICE ASSISTANT: (16) and the last newline belong to nobody.
     user = [*USER, *TIME, 142, 142, 134, 136, 135, 348]
     prompt = [(i, NO_CODE, 2, X, NO_LABEL) for i in user]
     prompt += [(i, NO_CODE, 0, X, NO_LABEL) for i in VOICE]
-    rows = [*prompt, *ANSWER_ROWS, (348, NO_CODE, 0, X, NO_LABEL)]
-    assert len(rows) == 23 + 16 + 5 + 1
+    wanted = [*prompt, *ANSWER, (348, NO_CODE, 0, X, NO_LABEL)]
+    assert len(wanted) == 23 + 16 + 5 + 1
     streams = build_streams([question(), answer()], tokenizer, tokens=TOKENS)
     text_labels, audio_labels = build_labels(streams, tokens=TOKENS)
     columns = (streams.input_ids, streams.audio_ids, streams.roles, text_labels, audio_labels)
     assert all(column.dtype == torch.int64 for column in columns)
     found = zip(*(column.tolist() for column in columns), strict=True)
-    assert list(found) == rows
+    assert list(found) == wanted
 
 
-def test_text_pads_are_learned_only_if_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_pads_are_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     streams = build_streams([answer()], tokenizer, tokens=TOKENS)
-    plain, audio = build_labels(streams, tokens=TOKENS)
-    padded, same_audio = build_labels(streams, tokens=TOKENS, train_text_pads=True)
-    assert torch.equal(audio, same_audio)
-    assert plain[16:21].tolist() == [214, 137, X, 215, 2]
-    assert padded[16:21].tolist() == [214, 137, 3, 215, 2]
-    assert set(padded[:16].tolist()) == {X}
+    text_labels, _ = build_labels(streams, tokens=TOKENS)
+    assert streams.input_ids[16:21].tolist() == [214, 137, 3, 215, 2]
+    assert text_labels[16:21].tolist() == [214, 137, X, 215, 2]
 
 
 def test_labels_of_a_batch_are_those_of_its_samples(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -121,13 +117,14 @@ def test_without_a_transcript_the_text_stream_is_pads(tokenizer: PreTrainedToken
     assert body_of(streams) == [3] * 5
     text_labels, audio_labels = build_labels(streams, tokens=TOKENS)
     assert set(text_labels.tolist()) == {X}
-    spoken_labels = [row[4] for row in ANSWER_ROWS]
+    spoken_labels = [position[4] for position in ANSWER]
     assert audio_labels[streams.roles == 3].tolist() == spoken_labels
 
 
 def test_prompt_is_the_beginning_of_the_sample(tokenizer: PreTrainedTokenizerFast) -> None:
     system = Turn("system", (TextItem("Be kind."),))
-    sound = Turn("user", (MediaItem(plan_audio(3)), TextItem("ok?")))
+    parts = (Part("audio_begin"), Part("audio_pads", count=3), Part("audio_end"))
+    sound = Turn("user", (MediaItem(parts), TextItem("ok?")))
     for history in ([question()], [system, sound], [system, sound, answer(), question()]):
         prompt = build_prompt(history, tokenizer, tokens=TOKENS)
         whole = build_streams([*history, answer()], tokenizer, tokens=TOKENS)
@@ -150,24 +147,20 @@ def test_text_answers_are_learned_and_each_item_is_closed(
     assert set(audio_labels.flatten().tolist()) == {X}
 
 
-def test_a_text_may_fill_its_rows_but_not_exceed_them(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_may_take_its_frames_but_not_exceed_them(tokenizer: PreTrainedTokenizerFast) -> None:
     full = build_streams([spoken("abc", 3)], tokenizer, tokens=TOKENS)
     assert body_of(full) == [214, 215, 216, 2]
     message = (
         r"segment 1 of 1 of an answer: its text takes 5 tokens, the terminator included, but 3 "
-        r"codec frames give 4 rows \(text: 'abcd'\)\. Check that the transcript belongs to the"
+        r"codec frames give 4 stream frames \(text: 'abcd'\)\. Check that the transcript belongs "
+        r"to the"
     )
     with pytest.raises(ValueError, match=message):
         build_streams([spoken("abcd", 3)], tokenizer, tokens=TOKENS)
-    with pytest.raises(ValueError, match=r"segment 2 of 2.*3 tokens.*1 codec frames give 2 rows"):
+    with pytest.raises(
+        ValueError, match=r"segment 2 of 2.*3 tokens.*1 codec frames give 2 stream frames"
+    ):
         build_streams([answer("a", "bc")], tokenizer, tokens=TOKENS)
-
-
-def test_speech_can_be_dropped_as_official_code_does(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = drop_speech([question(), answer("much too", " long")])
-    assert turns == [question(), Turn("assistant", (TextItem("much too long"),))]
-    streams = build_streams(turns, tokenizer, tokens=TOKENS)
-    assert (streams.audio_ids == 3).all()
 
 
 def test_a_users_speech_as_codes_has_text_pads_only(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -184,7 +177,7 @@ def test_markup_in_a_transcript_stays_text(tokenizer: PreTrainedTokenizerFast) -
         assert tokenizer.decode(ids) == text
 
 
-def test_markup_that_a_tokenizer_cannot_leave_as_text_is_refused() -> None:
+def test_markup_that_a_tokenizer_cannot_leave_as_text_is_an_error() -> None:
     tokenizer = build_byte_tokenizer()
     tokenizer.add_tokens(["<sound>"])  # known, but not as a special token: it cannot be split
     tokens = SpecialTokens(audio_pad=406)
@@ -201,6 +194,6 @@ def test_markup_that_a_tokenizer_cannot_leave_as_text_is_refused() -> None:
         (torch.zeros(5, 4), r"torch\.float32"),
     ],
 )
-def test_codes_that_are_none_are_refused(codes: torch.Tensor, message: str) -> None:
+def test_codes_that_are_none_are_errors(codes: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         delay_codes(codes, codec=TOKENS.codec)

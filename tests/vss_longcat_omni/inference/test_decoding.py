@@ -1,4 +1,4 @@
-"""Generated rows: greedy decoding repeats an answer learned by heart; the states keep the rules."""
+"""Generated frames: greedy decoding repeats an overfit answer; the states keep the rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.vss_longcat_omni.support.tiny import AUDIO, VISION, make_example, tin
 from vss_longcat_omni.dataset.collator import collate
 from vss_longcat_omni.dataset.special_tokens import SpecialTokens
 from vss_longcat_omni.dataset.template import Streams
-from vss_longcat_omni.inference.decoding import DecodingOptions, generate_rows
+from vss_longcat_omni.inference.decoding import DecodingOptions, generate_frames
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 
 TOKENS = SpecialTokens()
@@ -20,7 +20,7 @@ def model() -> LongcatOmniForCausalLM:
     return LongcatOmniForCausalLM(tiny_config(vision_config=VISION, audio_config=AUDIO))
 
 
-def test_an_answer_learned_by_heart_is_generated(model: LongcatOmniForCausalLM) -> None:
+def test_an_overfit_answer_is_generated(model: LongcatOmniForCausalLM) -> None:
     """Shift, delay, cascade and cache of training and decoding agree, or this fails."""
     example = make_example(5, num_text=4, num_frames=7)
     batch = collate([example])
@@ -31,35 +31,35 @@ def test_an_answer_learned_by_heart_is_generated(model: LongcatOmniForCausalLM) 
         output.loss.backward()
         optimizer.step()
     assert output.num_correct.tolist() == output.counts.tolist()
-    start = len(example.input_ids) - 8  # seven frames take eight rows
+    start = len(example.input_ids) - 8  # seven codec frames take eight stream frames
     prompt = Streams(
         example.input_ids[:start], example.audio_ids[:start], torch.zeros(start, dtype=torch.long)
     )
     model.eval()
-    text, audio = generate_rows(model, prompt, batch["pictures"], batch["sound"])
+    text, audio = generate_frames(model, prompt, batch["pictures"], batch["sound"])
     assert text.tolist() == example.input_ids[start:].tolist()
     assert audio.tolist() == example.audio_ids[start:].tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_states_keep_the_rules(model: LongcatOmniForCausalLM, temperature: float) -> None:
-    """Whatever a model that has learned nothing would say."""
+    """They do so whatever a model that has learned nothing would say."""
     example = make_example(0, num_text=2, num_frames=3)
     prompt = Streams(example.input_ids[:7], example.audio_ids[:7], torch.zeros(7, dtype=torch.long))
     batch = collate([example])
     options = DecodingOptions(
-        max_rows=40,
+        max_frames=40,
         temperature=temperature,
         num_codes=(20, 10, 10, 10),
         audio_repetition_penalty=1.1,
     )
-    text, audio = generate_rows(model.eval(), prompt, batch["pictures"], batch["sound"], options)
+    text, audio = generate_frames(model.eval(), prompt, batch["pictures"], batch["sound"], options)
     assert len(text) == len(audio) <= 40
     codec = TOKENS.codec
     is_first, text_has_ended = True, False
-    for word, (semantic, *acoustic) in zip(text.tolist(), audio.tolist(), strict=True):
-        assert word == TOKENS.pad or not text_has_ended
-        text_has_ended |= word in (TOKENS.eos, TOKENS.pause)
+    for token, (semantic, *acoustic) in zip(text.tolist(), audio.tolist(), strict=True):
+        assert token == TOKENS.pad or not text_has_ended
+        text_has_ended |= token in (TOKENS.eos, TOKENS.pause)
         assert semantic == codec.eos if semantic < codec.offset else semantic < codec.offset + 20
         if is_first:
             assert semantic != codec.eos

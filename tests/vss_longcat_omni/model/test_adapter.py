@@ -1,4 +1,4 @@
-"""model/adapter.py: what PEFT and a training wrote, as changes of the base; what is refused."""
+"""model/adapter.py: what PEFT and a training wrote, as changes of the base; what is an error."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_whole_tensors_are_read_beside_the_pairs(adapter: Path) -> None:
         ("some_later_kind", {"x": 1}),
     ],
 )
-def test_more_than_plain_lora_is_refused(adapter: Path, key: str, value: Any) -> None:
+def test_more_than_plain_lora_is_an_error(adapter: Path, key: str, value: Any) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {key}=.*: plain LoRA alone"):
@@ -127,7 +127,7 @@ def test_more_than_plain_lora_is_refused(adapter: Path, key: str, value: Any) ->
         ("trained_modules", {}, "holds no tensors"),
     ],
 )  # fmt: skip
-def test_broken_weights_are_told(
+def test_broken_weights_are_reported(
     adapter: Path, file: str, changed: dict[str, Tensor | None], message: str
 ) -> None:
     edit_weights(adapter / f"{file}.safetensors", changed)
@@ -135,7 +135,7 @@ def test_broken_weights_are_told(
         read_adapter(adapter)
 
 
-def test_missing_and_unreadable_files_are_told(adapter: Path) -> None:
+def test_missing_and_unreadable_files_are_reported(adapter: Path) -> None:
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     weights.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not readable as safetens"):

@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 
 
 def build_encoder(*, remask: bool = True, **changes: Any) -> AudioEncoder:
-    """With large random weights, the norms' biases included: what leaks is seen."""
+    """With large random weights, the norms' biases included: what leaks shows."""
     torch.manual_seed(0)
     encoder = AudioEncoder(AudioEncoderConfig(**SIZES | changes), remask=remask).eval()
     for param in encoder.parameters():
@@ -82,7 +82,7 @@ def test_a_recorded_tensor_that_nothing_compares_is_found(tmp_path: Path) -> Non
         list(compare_audio(path))
 
 
-def test_the_recording_tells_the_official_batch_from_ours() -> None:
+def test_the_recording_separates_the_official_batch_from_ours() -> None:
     """Its padded row differs from the same row alone in the last right layers' positions."""
     cases, _ = read_tensors(REFERENCE / CASES)
     size, last = int(cases["lengths"][0]), 2
@@ -103,7 +103,7 @@ def test_a_clip_has_the_same_result_in_every_batch(changes: dict[str, Any]) -> N
         for i, size in enumerate(lengths.tolist())
     ]
     torch.testing.assert_close(encoder(features, lengths), torch.cat(alone))
-    features[0, 4:] = 1e3  # what is beyond the end is not heard
+    features[0, 4:] = 1e3  # what is beyond the end is not used
     torch.testing.assert_close(encoder(features, lengths), torch.cat(alone))
     official = build_encoder(remask=False, **changes)
     assert not torch.allclose(official(features, lengths), torch.cat(alone))
@@ -111,8 +111,8 @@ def test_a_clip_has_the_same_result_in_every_batch(changes: dict[str, Any]) -> N
     torch.testing.assert_close(official(features, same), encoder(features, same))
 
 
-def test_only_the_last_layers_hear_what_is_to_come() -> None:
-    """Two layers that look two positions ahead: a change is heard four positions before it."""
+def test_only_the_last_layers_use_what_is_to_come() -> None:
+    """Two layers that look two positions ahead: a change shows four positions before it."""
     encoder = build_encoder()
     features = torch.randn(1, 30, 10)
     changed = features.clone()
@@ -216,7 +216,7 @@ def test_it_is_one_graph_and_takes_features_in_float32_to_bf16() -> None:
 # Bad inputs.
 
 
-def test_features_of_another_width_are_refused() -> None:
+def test_features_of_another_width_are_errors() -> None:
     with pytest.raises(ValueError, match=r"\(1, 5, 80\): .* input_size=10\); 10 must be what"):
         build_encoder()(torch.zeros(1, 5, 80), torch.tensor([5]))
 
@@ -231,7 +231,7 @@ def test_features_of_another_width_are_refused() -> None:
         ({"layer_drop": 0.1}, "layer_drop=0.1 is not supported"),
     ],
 )
-def test_values_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_values_that_cannot_work_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"audio/config.json: {message}"):
         AudioEncoderConfig(**changes)
 

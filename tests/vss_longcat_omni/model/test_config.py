@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vss_longcat_omni.options.training_arguments import parse_arguments
-from vss_longcat_omni.training.distributed import notice_locks
+from vss_longcat_omni.training.signals import notice_locks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 VARIABLES = ("PUSH_TO_HUB", "HF_USER", "HF_TOKEN", "WANDB_API_KEY", "HF_HUB_ENABLE_HF_TRANSFER")
 MODULE = "vss_longcat_omni.options.training_arguments"
 TRACKERS = ["tensorboard", "wandb", "trackio"]
-WORDS = ("--deepspeed", "", "--bf16", "false", "--use_cpu", "true")
+ARGV = ("--deepspeed", "", "--bf16", "false", "--use_cpu", "true")
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,12 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(f"{MODULE}.get_token", lambda: None)
 
 
-def parse(*words: str) -> OmniTrainingArguments:
-    return parse_arguments([*WORDS, *words])[1]
+def parse(*argv: str) -> OmniTrainingArguments:
+    return parse_arguments([*ARGV, *argv])[1]
 
 
 def test_the_documents_values_are_the_defaults() -> None:
-    run, training = parse_arguments(list(WORDS))
+    run, training = parse_arguments(list(ARGV))
     assert (run.lora_r, run.lora_alpha, run.lora_dropout) == (32, 64, 0.05)
     wanted: dict[str, Any] = {
         "num_train_epochs": 3,
@@ -75,7 +75,7 @@ def test_several_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert parse("--config", str(path)).report_to == ["tensorboard", "wandb"]
 
 
-def test_a_tracker_that_cannot_be_is_told_before_anything_is_loaded(
+def test_a_tracker_that_cannot_be_is_reported_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ValueError, match=r"report_to: tensorbord is not supported, only .*wandb"):
@@ -85,7 +85,7 @@ def test_a_tracker_that_cannot_be_is_told_before_anything_is_loaded(
         parse("--report_to", "trackio")
 
 
-def test_a_variable_without_effect_is_told(
+def test_a_variable_without_effect_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_HUB_ENABLE_HF_TRANSFER", "1")
@@ -93,7 +93,7 @@ def test_a_variable_without_effect_is_told(
     assert "set HF_XET_HIGH_PERFORMANCE=1" in caplog.text
 
 
-def test_a_lock_that_a_killed_build_left_is_told(
+def test_a_lock_that_a_killed_build_left_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -106,13 +106,13 @@ def test_a_lock_that_a_killed_build_left_is_told(
     assert f"{lock}: an operator of DeepSpeed is being built" in caplog.text
 
 
-def test_older_names_are_told_the_newer_ones(tmp_path: Path) -> None:
+def test_older_names_get_the_newer_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--warmup_ratio: no such option; it became warmup_steps"):
         parse("--warmup_ratio", "0.03")
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"evaluation_strategy": "epoch"}))
-    told = r"run\.json: evaluation_strategy: no such option; it became eval_strategy"
-    with pytest.raises(ValueError, match=told):
+    message = r"run\.json: evaluation_strategy: no such option; it became eval_strategy"
+    with pytest.raises(ValueError, match=message):
         parse("--config", str(path))
     with pytest.raises(ValueError, match="no such option"):
         parse("--lora_rank", "8")

@@ -104,7 +104,7 @@ def test_features_take_the_type_of_the_embeddings(streams: Any, tables: Any) -> 
 
 
 @pytest.mark.parametrize("num_features", [2, 4])
-def test_another_number_of_features_than_pads_is_refused(
+def test_another_number_of_features_than_pads_is_an_error(
     streams: Any, tables: Any, num_features: int
 ) -> None:
     with pytest.raises(RuntimeError, match="as many image pads as image features"):

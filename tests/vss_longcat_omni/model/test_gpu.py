@@ -23,7 +23,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("sizes", [[128, 64, 256], [7, 0, 1, 33, 0, 90], [0, 0, 5]])
-def test_grouped_product_and_its_gradients(sizes: list[int]) -> None:
+def test_grouped_matmul_and_its_gradients(sizes: list[int]) -> None:
     """Groups of odd sizes and empty ones; rows after the last group count for nothing."""
     torch.manual_seed(0)
     ends = torch.tensor(sizes, device="cuda").cumsum(0).int()

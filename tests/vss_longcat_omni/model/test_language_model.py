@@ -94,13 +94,13 @@ def test_padded_sequences_attend_as_each_alone(monkeypatch: pytest.MonkeyPatch) 
     q, k, v = (torch.randn(sum(lengths), 2, width, requires_grad=True) for width in (24, 24, 16))
     grad = torch.randn(sum(lengths), 2, 16)
     calls = []
-    plain = attention.attend_rows
+    plain = attention.attend_padded
 
     def count(*inputs: torch.Tensor, scale: float) -> torch.Tensor:
         calls.append(tuple(inputs[0].shape[:2]))
         return plain(*inputs, scale=scale)
 
-    monkeypatch.setattr(attention, "attend_rows", count)
+    monkeypatch.setattr(attention, "attend_padded", count)
     results = []
     for limit in (1.5, 0.0):
         monkeypatch.setattr(attention, "MAX_PADDED", limit)
@@ -172,7 +172,7 @@ def test_autograd_lets_go_of_weights_that_zero_3_releases() -> None:
 def test_rubbish_in_rows_of_identity_experts_does_not_spread(
     model: LongcatFlashModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The grouped product leaves those rows as the memory was: here, not a number."""
+    """The grouped matmul leaves those rows as the memory was: here, not a number."""
     layer = first_moe(model)
     x = torch.randn(20, SIZES["hidden_size"], requires_grad=True)
     layer(x).sum().backward()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.vss_longcat_omni.support.tiny import AUDIO, VISION, randomize, tiny_config
-from vss_longcat_omni.model.loading import CheckpointReader, _fill, load_config, load_weights
+from vss_longcat_omni.model.loading import CheckpointReader, _copy_pieces, load_config, load_weights
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
 from vss_longcat_omni.model.saving import save_config, save_weights
 
@@ -77,7 +77,7 @@ def test_released_pickles_of_tensors_are_read(folder: Path, model: LongcatOmniFo
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
-def test_a_pickle_of_anything_else_is_refused(folder: Path) -> None:
+def test_a_pickle_of_anything_else_is_an_error(folder: Path) -> None:
     (folder / "audio" / "audio_encoder.safetensors").unlink()
     torch.save({"weight": print}, folder / "audio" / "audio_encoder.pt")
     with pytest.raises(ValueError, match=r"audio_encoder\.pt: not readable as a state dict"):
@@ -97,14 +97,14 @@ def test_each_process_reads_its_stretch(
     parts = []
     for rank in range(num_processes):
         part = torch.full((size,), float("nan"))
-        _fill(part, pieces, rank * size, tensor.numel())
+        _copy_pieces(part, pieces, rank * size, tensor.numel())
         parts.append(part)
     whole = torch.cat(parts)
     assert torch.equal(whole[: tensor.numel()], tensor.flatten())
     assert not whole[tensor.numel() :].any()
 
 
-def test_missing_tensors_are_told(folder: Path) -> None:
+def test_missing_tensors_are_reported(folder: Path) -> None:
     shard = folder / "model-00001-of-00001.safetensors"
     state = load_file(shard)
     del state[f"{EXPERTS}.3.up_proj.weight"]
@@ -113,7 +113,7 @@ def test_missing_tensors_are_told(folder: Path) -> None:
         load_weights(fresh(folder), CheckpointReader(folder), show_progress=False)
 
 
-def test_another_shape_is_told(folder: Path) -> None:
+def test_another_shape_is_reported(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"ffn_hidden_size": 40}))
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_another_shape_is_told(folder: Path) -> None:
         load_weights(fresh(folder), CheckpointReader(folder), show_progress=False)
 
 
-def test_values_that_are_no_numbers_are_told(folder: Path) -> None:
+def test_values_that_are_no_numbers_are_reported(folder: Path) -> None:
     shard = folder / "model-00001-of-00001.safetensors"
     state = load_file(shard)
     state["model.norm.weight"][3] = float("nan")
@@ -131,7 +131,7 @@ def test_values_that_are_no_numbers_are_told(folder: Path) -> None:
         load_weights(fresh(folder), CheckpointReader(folder), show_progress=False)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_config(tmp_path)
     with pytest.raises(ValueError, match=r"no \*\.safetensors file"):

@@ -65,7 +65,7 @@ def test_the_documented_targets_are_translated_with_a_notice(
 
 
 @pytest.mark.parametrize(("targets", "named"), [(["wq", "o_proj"], "wq"), ([], "empty")])
-def test_unknown_targets_are_refused(targets: list[str], named: str) -> None:
+def test_unknown_targets_are_errors(targets: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=f"lora_target_modules: {named}. Choose from q_a_proj"):
         translate_targets(targets)
 

@@ -141,7 +141,7 @@ def test_positions_matter_and_are_the_same_in_every_frame() -> None:
     assert torch.equal(tall.view(6, 2, 8)[:, 0, :4], wide.view(2, 6, 8)[0, :, 4:])
 
 
-def test_rows_above_256_are_told_apart_in_bfloat16(encoder: VisionEncoder) -> None:
+def test_rows_above_256_are_distinct_in_bfloat16(encoder: VisionEncoder) -> None:
     grids = [(1, 300, 2)]
     patches = make_patches([(1, 1, 1)]).expand(600, -1)
     angles = rotary_angles(grids, encoder.bfloat16().config, torch.device("cpu"))
@@ -180,7 +180,7 @@ def test_the_whole_compiles_to_one_graph(encoder: VisionEncoder) -> None:
 # Projector and pooling
 
 
-def test_the_projector_joins_neighbours_of_a_row() -> None:
+def test_the_projector_joins_neighbors_of_a_row() -> None:
     projector = VisionProjector(TINY)
     features = torch.randn(24, 64)
     out = projector(features, [(1, 4, 6)])
@@ -220,7 +220,7 @@ def test_a_clip_goes_from_pixels_to_the_width_of_the_language_model() -> None:
         ((0, 1176), [], "0 patches for 0 grids"),
     ],
 )
-def test_grids_that_do_not_fit_are_refused(
+def test_grids_that_do_not_fit_are_errors(
     encoder: VisionEncoder, shape: tuple[int, int], grids: list[Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
@@ -249,7 +249,7 @@ def test_pooled_grids_belong_to_the_units() -> None:
         ({"hidden_size": "1280"}, "config.json: hidden_size='1280': set a whole number"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(values: dict[str, Any], problem: str) -> None:
+def test_settings_that_cannot_work_are_errors(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         VisionConfig.from_dict(values, source="config.json")
 

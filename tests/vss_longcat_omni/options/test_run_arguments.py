@@ -1,7 +1,8 @@
-"""Mistakes in our own options, told before torch is imported."""
+"""Mistakes in our own options are reported before torch is imported."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import vss_longcat_omni
 from vss_longcat_omni import train_ds
-from vss_longcat_omni.options.run_arguments import check_words, expand_config
+from vss_longcat_omni.options.run_arguments import add_max_frames, check_argv, expand_config
 
 if TYPE_CHECKING:
     from tests.vss_longcat_omni.conftest import Ground
@@ -21,7 +22,7 @@ FOLDER = Path(vss_longcat_omni.__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--lora_r", "0"], "lora_r=0: give 1 or more"),
         (["--tuning", "half"], "tuning='half': choose one of lora, full"),
@@ -33,29 +34,29 @@ FOLDER = Path(vss_longcat_omni.__file__).parent
         (["--config"], "needs a JSON file"),
     ],
 )
-def test_a_mistake_is_named(words: list[str], message: str, ground: Ground) -> None:
+def test_a_mistake_is_named(argv: list[str], message: str, ground: Ground) -> None:
     with pytest.raises(ValueError, match="^.*" + message.replace("(", r"\(")):
-        train_ds.main(["--data_dir", str(ground.data), *words])
+        train_ds.main(["--data_dir", str(ground.data), *argv])
 
 
-def test_good_words_of_others_pass(ground: Ground) -> None:
-    words = ["--data_dir", str(ground.data), "--learning_rate", "1e-3", "--packing", "false"]
-    words += ["--local_rank=1", "--lora_target_modules", "o_proj", "--bf16"]
-    found = check_words(words)
+def test_good_options_of_others_pass(ground: Ground) -> None:
+    argv = ["--data_dir", str(ground.data), "--learning_rate", "1e-3", "--packing", "false"]
+    argv += ["--local_rank=1", "--lora_target_modules", "o_proj", "--bf16"]
+    found = check_argv(argv)
     assert found is not None
     assert found.data_dir == str(ground.data)
 
 
 def test_help_needs_no_data() -> None:
-    assert check_words(["--help", "--data_dir", "/nowhere"]) is None
+    assert check_argv(["--help", "--data_dir", "/nowhere"]) is None
 
 
 def test_a_config_file_stands_for_flags_that_later_ones_override(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     values = {"lora_r": 4, "lora_target_modules": ["o_proj", "q_b_proj"], "codec": None}
     path.write_text(json.dumps(values))
-    words = expand_config(["--config", str(path), "--lora_r", "8"])
-    assert words == [
+    argv = expand_config(["--config", str(path), "--lora_r", "8"])
+    assert argv == [
         "--lora_r",
         "4",
         "--lora_target_modules",
@@ -69,9 +70,19 @@ def test_a_config_file_stands_for_flags_that_later_ones_override(tmp_path: Path)
         expand_config(["--config", str(path)])
 
 
-def test_the_script_tells_it_without_torch(tmp_path: Path) -> None:
-    words = [sys.executable, "-X", "importtime", "train_ds.py", "--data_dir", str(tmp_path)]
-    done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=False)
+def test_max_rows_is_still_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_max_frames(parser, default=500)
+    assert vars(parser.parse_args([])) == {"max_frames": 500}
+    assert vars(parser.parse_args(["--max_frames", "7"])) == {"max_frames": 7}
+    assert capsys.readouterr().err == ""
+    assert vars(parser.parse_args(["--max_rows", "8"])) == {"max_frames": 8}
+    assert capsys.readouterr().err == "--max_rows is now --max_frames\n"
+
+
+def test_the_script_reports_it_without_torch(tmp_path: Path) -> None:
+    argv = [sys.executable, "-X", "importtime", "train_ds.py", "--data_dir", str(tmp_path)]
+    done = subprocess.run(argv, cwd=FOLDER, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "error: No valid samples found" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

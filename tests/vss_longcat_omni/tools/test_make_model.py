@@ -1,4 +1,4 @@
-"""make_model.py: sizes, weights as large as the released ones, a tokenizer of what is said."""
+"""make_model.py: sizes, weights as large as the released ones, a tokenizer of the transcripts."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def test_products_begin_as_large_as_at_the_released_width(ground: Ground) -> Non
 
 
 def test_what_transcribe_wrote_makes_the_tokenizer_too(ground: Ground, tmp_path: Path) -> None:
-    """Of samples without output.txt: a word that was transcribed is one token."""
+    """A word that was transcribed is one token, for samples without output.txt."""
     shutil.copytree(ground.data / "training", tmp_path / "data" / "training")
     digests = ContentDigests(tmp_path / "cache" / "digests.json")
-    said = {}
+    texts = {}
     for sample in find_samples(tmp_path / "data"):
         assert sample.transcript is not None
         path = transcript_path(digests.of(sample.output_audio), tmp_path / "cache")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(read_transcript(sample.transcript))
-        said[sample.name] = read_transcript(sample.transcript)
+        texts[sample.name] = read_transcript(sample.transcript)
         sample.transcript.unlink()
     lengths = {}
     for name in ("cache", "no_cache"):
@@ -57,6 +57,6 @@ def test_what_transcribe_wrote_makes_the_tokenizer_too(ground: Ground, tmp_path:
             cache_dir=tmp_path / name,
         )
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name / "model")
-        lengths[name] = [len(tokenizer(text).input_ids) for text in said.values()]
+        lengths[name] = [len(tokenizer(text).input_ids) for text in texts.values()]
     assert max(lengths["cache"]) <= 4
-    assert lengths["no_cache"] == [len(text) for text in said.values()]
+    assert lengths["no_cache"] == [len(text) for text in texts.values()]

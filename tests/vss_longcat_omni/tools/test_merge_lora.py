@@ -1,4 +1,4 @@
-"""merge_lora.py: the merged folder is the adapter's model; cut off, it goes on; what is refused."""
+"""merge_lora.py: the merged folder is the adapter's model; a cut merge continues; errors."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_modules_that_were_trained_whole_replace_their_part_files(
             assert torch.equal(merged[name], trained.get(name, tensor)), name
 
 
-def test_cut_off_it_goes_on(
+def test_cut_off_it_continues(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(base, adapter, tmp_path / "whole")
@@ -208,7 +208,7 @@ def test_links_save_the_disk_and_never_write_into_the_base(
     assert contents(out)[linked] == before[linked]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
@@ -248,7 +248,7 @@ OTHER = {OTHER_A: torch.zeros(4, 32), OTHER_A.replace("_A", "_B"): torch.zeros(4
         ("trained_modules", {"model.norm.weight": torch.zeros(2)}, r"norm.weight has shape \(32,"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_another_model_is_told(
+def test_an_adapter_of_another_model_is_reported(
     base: Path, adapter: Path, tmp_path: Path, file: str, changed: dict, message: str
 ) -> None:
     edit_weights(adapter / f"{file}.safetensors", changed)
@@ -257,7 +257,7 @@ def test_an_adapter_of_another_model_is_told(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_does_not_fit_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_base_that_does_not_fit_is_reported(base: Path, adapter: Path, tmp_path: Path) -> None:
     weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     shard = base / weight_map[WEIGHT]
     twice = base / "zz.safetensors"
@@ -279,10 +279,10 @@ def test_a_base_that_does_not_fit_is_told(base: Path, adapter: Path, tmp_path: P
 
 def test_the_command(base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = base.parent / "out"
-    words = ["--base", str(base), "--adapter", str(adapter), "--out", str(out)]
-    main([*words, "--dtype", "bfloat16", "--link"])
+    argv = ["--base", str(base), "--adapter", str(adapter), "--out", str(out)]
+    main([*argv, "--dtype", "bfloat16", "--link"])
     assert capsys.readouterr().out.endswith("32 tensors changed\n")
     assert load(out).lm_head.weight.shape == (300, 32)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(SystemExit, match=r"error: .*no such file: .*adapter is no folder of an"):
-        main(words)
+        main(argv)

@@ -19,11 +19,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from tests.vss_longcat_omni.support.tiny import make_example
 from vss_longcat_omni import train_ds
+from vss_longcat_omni.dataset.collator import collate, count_targets
 from vss_longcat_omni.inference.answerer import load_answerer
 from vss_longcat_omni.model import build
 from vss_longcat_omni.model.loading import CheckpointReader, load_config, load_weights
+from vss_longcat_omni.model.loss import LossSums, combine
 from vss_longcat_omni.model.omni import LongcatOmniForCausalLM
+from vss_longcat_omni.options.run_arguments import LossWeights
 from vss_longcat_omni.training import trainer
 from vss_longcat_omni.training.checkpoint import find_checkpoint
 from vss_longcat_omni.training.trainer import OmniTrainer
@@ -62,11 +66,11 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def test_six_steps_equal_three_and_three_resumed(ground: Ground, tmp_path: Path) -> None:
-    """Bitwise: order, dropout, optimizer and schedule go on where they stopped."""
-    train_ds.main(ground.words(tmp_path / "whole", **ALONE))
+    """Bitwise: order, dropout, optimizer and schedule continue where they stopped."""
+    train_ds.main(ground.argv(tmp_path / "whole", **ALONE))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
     resumed = {"resume_from_checkpoint": "latest"}
-    train_ds.main(ground.words(tmp_path / "part", **ALONE, **resumed))
+    train_ds.main(ground.argv(tmp_path / "part", **ALONE, **resumed))
     assert_same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
     found = losses(tmp_path / "part", 6)
     assert found == losses(tmp_path / "whole", 6)
@@ -81,7 +85,7 @@ def test_micro_batch_1_times_8_equals_8_times_1(ground: Ground, tmp_path: Path) 
     for size, accumulation in ((1, 12), (12, 1)):
         out = tmp_path / str(size)
         split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        train_ds.main(ground.words(out, **options | split))
+        train_ds.main(ground.argv(out, **options | split))
     one, twelve = losses(tmp_path / "1", 1), losses(tmp_path / "12", 1)
     assert one == pytest.approx(twelve, rel=1e-5)
     found, wanted = weights(tmp_path / "1"), weights(tmp_path / "12")
@@ -91,19 +95,36 @@ def test_micro_batch_1_times_8_equals_8_times_1(ground: Ground, tmp_path: Path) 
     assert any(found[name].any() for name in moved)
 
 
+def test_a_term_is_divided_once_by_the_targets_of_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two processes, whose gradients are averaged: so by half of them, be that below 1."""
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda counts: counts + torch.ones(3))
+    batches = [collate([make_example(seed, num_text=3, num_frames=9)]) for seed in range(2)]
+    own = torch.stack([count_targets(batch) for batch in batches]).sum(dim=0)
+    ours: Any = SimpleNamespace(args=SimpleNamespace(world_size=2))
+    found, divisors = OmniTrainer.get_batch_samples(ours, iter(batches), 2, torch.device("cpu"))
+    assert found == batches
+    assert torch.equal(divisors, (own + 1) / 2)
+    assert OmniTrainer.loss_is_scaled_for_ga
+    sums = LossSums(torch.tensor([3.0, 0.0, 0.0]), *[torch.zeros(3)] * 2)
+    weights = LossWeights(text=1.0)
+    assert combine(sums, torch.tensor([0.5, 0.0, 0.0]), weights).item() == 6.0
+
+
 def test_a_model_trained_whole_learns_its_samples_and_answers(
     ground: Ground, tmp_path: Path
 ) -> None:
     options = ALONE | {"tuning": "full", "learning_rate": 3e-3, "max_steps": 40, "save_steps": 40}
     options |= {"gradient_accumulation_steps": 1, "max_tokens": 2000, "eval_strategy": "epoch"}
-    train_ds.main(ground.words(tmp_path / "out", **options))
+    train_ds.main(ground.argv(tmp_path / "out", **options))
     found = losses(tmp_path / "out", 40)
     assert found[-1] < 0.4 * found[0]
     state = json.loads((tmp_path / "out" / "checkpoint-40" / "trainer_state.json").read_text())
-    told = [entry for entry in state["log_history"] if "eval_loss" in entry]
-    assert {"eval_text_loss", "eval_audio_loss", "eval_text_accuracy"} <= set(told[-1])
+    logged = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert {"eval_text_loss", "eval_audio_loss", "eval_text_accuracy"} <= set(logged[-1])
     codec = ground.cache / "codec"
-    answerer = load_answerer(str(tmp_path / "out"), codec_folder=codec, max_rows=40)
+    answerer = load_answerer(str(tmp_path / "out"), codec_folder=codec, max_frames=40)
     sample = ground.data / "training" / "01"
     answer = answerer.answer(sample / "input.mp4", sample / "input.wav")
     assert answer.text.startswith("it ")  # as all answers do
@@ -112,7 +133,7 @@ def test_a_model_trained_whole_learns_its_samples_and_answers(
 
 def test_projectors_and_heads_are_trained_by_option(ground: Ground, tmp_path: Path) -> None:
     options = ALONE | {"max_steps": 2, "train_projectors": True, "train_audio_heads": True}
-    train_ds.main(ground.words(tmp_path / "out", **options))
+    train_ds.main(ground.argv(tmp_path / "out", **options))
     beside = load_file(tmp_path / "out" / "trained_modules.safetensors")
     kinds = {name.partition(".")[0] for name in beside}
     assert kinds == {"vision_projector", "audio_projector", "audio_embedding", "speech_heads"}
@@ -136,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(build, "build_model", spoil)
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is not a finite number"):
-        train_ds.main(ground.words(tmp_path / "out", **ALONE))
+        train_ds.main(ground.argv(tmp_path / "out", **ALONE))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
@@ -153,7 +174,7 @@ def test_a_signal_saves_after_the_step_and_stops(
             super().__init__(*arguments, callbacks=[Send()], **options)
 
     monkeypatch.setattr(trainer, "OmniTrainer", Watched)
-    train_ds.main(ground.words(tmp_path / "out", **ALONE))
+    train_ds.main(ground.argv(tmp_path / "out", **ALONE))
     assert find_checkpoint(tmp_path / "out", "latest").name == "checkpoint-2"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()  # it is not done
 
@@ -177,7 +198,7 @@ def test_the_adapter_is_uploaded_once_where_that_is_asked(
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
     for name, value in {"PUSH_TO_HUB": "true", "HF_USER": "me", "HF_TOKEN": "hf_secret"}.items():
         monkeypatch.setenv(name, value)
-    train_ds.main(ground.words(tmp_path / "out", **ALONE, max_steps=2, save_steps=1))
+    train_ds.main(ground.argv(tmp_path / "out", **ALONE, max_steps=2, save_steps=1))
     (upload,) = hub.uploads
     assert upload["repo_id"] == "me/out"
     assert "checkpoint-*" in upload["ignore_patterns"]
@@ -198,13 +219,13 @@ def test_half_written_checkpoints_are_not_picked(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "checkpoint-3", "latest")
 
 
-def launch(words: list[str], script: Path = Path("train_ds.py")) -> str:
+def launch(argv: list[str], script: Path = Path("train_ds.py")) -> str:
     """The documented command, in the folder, on two CPU processes; returns what it printed."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     with socket.socket() as holder:  # no other program is given its port; torch may listen on it
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
-        command += ["--master_port", str(holder.getsockname()[1]), str(script), *words]
+        command += ["--master_port", str(holder.getsockname()[1]), str(script), *argv]
         done = subprocess.run(
             command,
             cwd=FOLDER,
@@ -228,8 +249,8 @@ plain = train_ds.preprocess_function
 def preprocess_function(folder, media, transcript, codes, **options):
     turns = plain(folder, media, transcript, codes, **options)
     shown = tuple(p for p in media.parts if p.kind in ("timestamp", "image_tokens"))
-    heard = tuple(p for p in media.parts if p.kind.startswith("audio"))
-    items = [media, MediaItem(heard), MediaItem(shown), TextItem("what is it")]
+    sound = tuple(p for p in media.parts if p.kind.startswith("audio"))
+    items = [media, MediaItem(sound), MediaItem(shown), TextItem("what is it")]
     return [Turn("user", (items[int(folder.name) % 4],)), turns[-1]]
 
 train_ds.preprocess_function = preprocess_function
@@ -246,13 +267,13 @@ def test_two_processes_under_zero_3_with_offload(ground: Ground, tmp_path: Path)
     out = tmp_path / "whole"
     config = FOLDER / "ds_config.json"
     options = {"packing": False, "deepspeed": config, "max_steps": 4, "save_steps": 2}
-    log = launch(ground.words(out, **options), script)
+    log = launch(ground.argv(out, **options), script)
     assert "19,072 parameters are trained" in log
     found = losses(out, 4)
     assert found[-1] < found[0]
     shutil.copytree(out / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     options["resume_from_checkpoint"] = "latest"
-    launch(ground.words(tmp_path / "part", **options), script)
+    launch(ground.argv(tmp_path / "part", **options), script)
     assert_same(weights(tmp_path / "part"), weights(out))
     assert losses(tmp_path / "part", 4) == found
     adapter = weights(out)
@@ -269,5 +290,5 @@ def test_two_processes_under_zero_3_with_offload(ground: Ground, tmp_path: Path)
 @pytest.mark.long
 def test_the_documented_command(ground: Ground, tmp_path: Path) -> None:
     """In the folder, with its own ds_config.json."""
-    launch(ground.words(tmp_path / "out", max_steps=2, save_steps=2))
+    launch(ground.argv(tmp_path / "out", max_steps=2, save_steps=2))
     assert len(losses(tmp_path / "out", 2)) == 2

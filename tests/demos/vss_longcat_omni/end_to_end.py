@@ -1,4 +1,4 @@
-"""Runs the folder's own commands as a user types them: what demo.py and small_result.py share."""
+"""Runs the folder's own commands as a user types them, for demo.py and small_result.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FOLDER = ROOT / "vss_longcat_omni"
 
 
 def run(
-    title: str, *words: str | Path, cwd: Path = FOLDER, env: Mapping[str, str] | None = None
+    title: str, *argv: str | Path, cwd: Path = FOLDER, env: Mapping[str, str] | None = None
 ) -> None:
-    """Runs a command, with `env` beside the user's variables; SystemExit where it fails."""
-    say(f"\n== {title}\n$ {' '.join(shown(word, cwd) for word in words)}\n")
+    """Run a command, with `env` beside the user's variables; SystemExit where it fails."""
+    say(f"\n== {title}\n$ {' '.join(shown(arg, cwd) for arg in argv)}\n")
     started = time.monotonic()
-    command = [str(word) for word in words]
+    command = [str(arg) for arg in argv]
     if command[0] in ("python", "deepspeed"):
         command[0] = str(Path(sys.executable).parent / command[0])
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -38,14 +38,14 @@ def run(
     say(f"({time.monotonic() - started:.0f} s)\n")
 
 
-def shown(word: str | Path, cwd: Path) -> str:
-    """Paths below the repository relative to `cwd`, as a reader would type them there."""
-    is_ours = isinstance(word, Path) and word.is_relative_to(ROOT)
-    return shlex.quote(os.path.relpath(word, cwd) if is_ours else str(word))
+def shown(arg: str | Path, cwd: Path) -> str:
+    """Show paths below the repository relative to `cwd`, as a reader would type them there."""
+    is_ours = isinstance(arg, Path) and arg.is_relative_to(ROOT)
+    return shlex.quote(os.path.relpath(arg, cwd) if is_ours else str(arg))
 
 
 def make_samples(data_dir: Path, *, num_training: int, num_test: int) -> None:
-    """The test's combinations and voices are in no sample of the training."""
+    """Make samples; the test's combinations and voices are in no sample of the training."""
     for name, split, count, seed in (
         ("training", "train", num_training, 0),
         ("test", "test", num_test, 1),
