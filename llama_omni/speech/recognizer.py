@@ -105,7 +105,7 @@ def load_pocketsphinx() -> Recognizer:
 
 
 def transcribe_by_sphinx(decoder: Any, waveform: Tensor, room_noise: float = ROOM_NOISE) -> str:
-    """Return what PocketSphinx hears, "" for nothing.
+    """Return the words that PocketSphinx makes of a waveform, "" for none.
 
     Args:
         room_noise: standard deviation of the normal noise that is added, always the same.
